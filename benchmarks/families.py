@@ -1,0 +1,360 @@
+"""Tiny random models of every causal-LM family that the installed transformers knows.
+
+``tiny_config`` shrinks a family's default configuration by field name (``SIZES``), keeps one
+layer of every kind that the full-size default has, and then applies the few per-family values of
+``OVERRIDES``. ``tiny_model`` builds the model from that configuration and makes its weights large
+and irregular enough that gates, biases and routers change the logits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+VOCAB_SIZE = 128
+FIRST_TEXT_TOKEN = 8
+FIRST_MEDIA_TOKEN = 112
+"""Text tokens lie in ``[FIRST_TEXT_TOKEN, FIRST_MEDIA_TOKEN)``; image and audio markers above."""
+
+SLIDING_WINDOW = 8
+MAX_LAYERS = 4
+MATRIX_GAIN = 3.0
+VECTOR_NOISE = 0.1
+
+
+class Unsupported(Exception):
+    """No tiny model of the family ``name`` can be built; ``reason`` says why."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"{name}: {reason}")
+        self.name = name
+        self.reason = reason
+
+
+def _same(value: object, *names: str) -> dict[str, Any]:
+    return dict.fromkeys(names, value)
+
+
+SIZES: Mapping[str, object] = {
+    **_same(VOCAB_SIZE, "vocab_size", "decoder_vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size"),
+    **_same(64, "hidden_size", "n_embd", "d_model", "emb_dim", "embedding_dim", "embedding_size", "lru_width"),
+    **_same(64, "word_embed_proj_dim", "out_hidden_size", "hidden_size_global", "adapter_out_dim"),
+    **_same(64, "input_embedding_size", "output_embedding_size", "backbone_hidden_size", "ple_embed_dim", "adapter_in_dim"),
+    **_same(64, "adapter_input_size"),
+    **_same(96, "intermediate_size", "ffn_hidden_size", "decoder_ffn_dim", "encoder_ffn_dim", "ffn_dim", "n_inner"),
+    **_same(96, "dff", "d_ff", "dim_ff", "d_inner", "feed_forward_size", "dense_intermediate_size"),
+    **_same(96, "intermediate_size_mlp", "mlp_dim", "prefix_dense_intermediate_size"),
+    **_same(48, "moe_intermediate_size", "expert_ffn_hidden_size", "shared_expert_intermediate_size"),
+    **_same(48, "shared_experts_intermediate_size", "shared_intermediate_size", "moe_shared_expert_intermediate_size"),
+    **_same(4, "num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads"),
+    **_same(4, "decoder_attention_heads", "encoder_attention_heads"),
+    **_same(4, "num_decoder_attention_heads", "num_encoder_attention_heads", "swa_num_attention_heads"),
+    **_same(2, "num_key_value_heads", "num_kv_heads", "kv_n_heads", "swa_num_key_value_heads"),
+    **_same(16, "head_dim", "attention_head_size", "d_head", "dim_head", "swa_head_dim", "d_kv", "kv_channels"),
+    **_same(2, "encoder_layers", "decoder_layers", "num_encoder_layers", "num_decoder_layers", "depth"),
+    **_same(2, "num_global_layers", "conf_num_hidden_layers"),
+    **_same(256, "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "context_length"),
+    **_same(256, "max_target_positions", "max_source_positions", "model_max_length"),
+    **_same(SLIDING_WINDOW, "sliding_window", "sliding_window_size", "attention_window_size", "local_attention"),
+    **_same(SLIDING_WINDOW, "attention_chunk_size", "keep_window_size", "local_attention_window_len", "window_size"),
+    **_same(4, "num_experts", "num_local_experts", "moe_num_experts", "zero_expert_num"),
+    **_same(8, "n_routed_experts"),
+    **_same(2, "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts"),
+    **_same(2, "n_group", "num_expert_group"),
+    **_same(1, "topk_group", "n_shared_experts", "num_shared_experts", "moe_num_shared_experts"),
+    **_same(1, "first_k_dense_replace", "num_dense_layers"),
+    **_same(32, "q_lora_rank", "o_lora_rank"),
+    **_same(24, "kv_lora_rank"),
+    **_same(16, "qk_nope_head_dim", "v_head_dim", "index_head_dim", "indexer_head_dim", "router_hidden_size"),
+    **_same(8, "qk_rope_head_dim", "rotary_dim", "index_topk"),
+    **_same(2, "index_n_heads", "indexer_n_heads", "index_topk_blocks", "o_groups"),
+    **_same(4, "index_block_size"),
+    **_same(8, "mamba_d_state", "ssm_state_size", "state_size", "mamba_dt_rank", "time_step_rank"),
+    **_same(8, "mamba_chunk_size", "chunk_size", "mamba_n_heads", "mamba_num_heads", "n_mamba_heads"),
+    **_same(16, "mamba_d_head", "mamba_head_dim", "mamba_headdim"),
+    **_same(2, "n_groups", "linear_num_key_heads"),
+    **_same(4, "linear_num_value_heads", "linear_num_heads"),
+    **_same(16, "linear_key_head_dim", "linear_value_head_dim", "linear_head_dim"),
+    **_same(8, "hidden_size_per_layer_input", "laurel_rank", "adapter_rank", "hc_lowrank", "gated_norm_rank"),
+    **_same(16, "pronunciation_embed_dim", "shape_embed_dim", "num_centroids", "prompt_length"),
+    **_same(32, "pronunciation_vocab_size", "shape_vocab_size", "encoder_hash_byte_group_vocab", "rel_extent"),
+    **_same(32, "image_size", "samples_per_token"),
+}
+"""Field name of a configuration to its tiny value. A field that is smaller already keeps its value."""
+
+SPECIAL_TOKENS: Mapping[str, int] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+OTHER_TOKENS: Mapping[str, int] = {
+    "decoder_start_token_id": 1,
+    "sep_token_id": 3,
+    "eod_token_id": 3,
+    "cls_token_id": 4,
+    "mask_token_id": 5,
+}
+
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks")
+LOCAL_AND_GLOBAL = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+
+OVERRIDES: Mapping[str, Mapping[str, Any]] = {
+    "bamba": {"num_hidden_layers": 2, "attn_layer_indices": [1]},
+    "cohere_compass_text": LOCAL_AND_GLOBAL
+    | {"rope_parameters": _same(ROPE | {"mrope_section": [4, 2, 2]}, "sliding_attention", "full_attention")},
+    "blt": {"num_hidden_layers": 2},
+    "dbrx": {
+        "attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 2.0},
+        "ffn_config": {"moe_top_k": 2},
+    },
+    "deepseek_v2": {
+        "first_k_dense_replace": 1,
+        "num_experts_per_tok": 2,
+        "topk_method": "group_limited_greedy",
+        "n_group": 2,
+        "topk_group": 1,
+    },
+    "dots1": LOCAL_AND_GLOBAL
+    | {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
+    "dots3_note_text": {
+        "index_topk": 8,
+        "head_dim": 24,
+        "swa_num_attention_heads": 8,
+        "swa_num_key_value_heads": 8,
+        "swa_q_lora_rank": 24,
+        "swa_kv_lora_rank": 32,
+        "swa_head_dim": 24,
+        "swa_qk_nope_head_dim": 16,
+        "swa_v_head_dim": 8,
+        "sliding_window": SLIDING_WINDOW,
+    },
+    "falcon_h1": {"mamba_d_ssm": 128, "mamba_d_head": 16},
+    "gemma3n_text": {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0],
+    },
+    "gemma4_text": {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "global_head_dim": 32,
+    },
+    "gemma4": {
+        "text_config": {
+            "num_kv_shared_layers": 0,
+            "hidden_size_per_layer_input": 0,
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1,
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 48,
+        }
+    },
+    "gemma4_unified_text": {
+        "num_hidden_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "global_head_dim": 32,
+    },
+    "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 4, "moe_topk": 2},
+    "jamba": {"num_hidden_layers": 4, "attn_layer_period": 4, "attn_layer_offset": 2},
+    "laguna": LOCAL_AND_GLOBAL
+    | {
+        "sliding_window": SLIDING_WINDOW,
+        "mlp_layer_types": ["dense", "sparse"],
+        "num_attention_heads_per_layer": [8, 4],
+    },
+    "lfm2": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
+    "lfm2_moe": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
+    "longcat_flash": {"head_dim": 8},
+    "mamba2": {"num_heads": 8},
+    "minimax_m3_vl_text": {
+        "num_hidden_layers": 2,
+        "layer_types": ["full_attention", "minimax_m3_sparse"],
+        "mlp_layer_types": ["dense", "sparse"],
+    },
+    "ministral": LOCAL_AND_GLOBAL | {"head_dim": 16},
+    "musicgen_decoder": {"num_codebooks": 1},
+    "musicgen_melody_decoder": {"num_codebooks": 1},
+    "nemotron": {"num_key_value_heads": 2},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 4,
+        "ple_layer_ids": [1],
+        "heads_per_ngram": 4,
+        "ngram_vocab_size_base": 64,
+        "make_ngram_vocab_size_divisible_by": 8,
+        "split_ngram_parts": 1,
+    },
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "reformer": {
+        "attn_layers": ["local", "lsh"],
+        "axial_pos_shape": [16, 16],
+        "axial_pos_embds_dim": [16, 48],
+        "local_attn_chunk_length": 8,
+        "lsh_attn_chunk_length": 8,
+        "num_buckets": 4,
+        "hash_seed": 0,
+    },
+    "rwkv": {"attention_hidden_size": 64},
+    "xlm": {"causal": True},
+    "xlstm": {"qk_dim_factor": 1.0},
+    "xmod": {"default_language": "en_XX"},
+    "youtu": {"initializer_range": 0.02},
+    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
+    "zamba2": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
+    "zaya": {
+        "num_hidden_layers": 2,
+        "layer_types": ["hybrid", "hybrid_sliding"],
+        "sliding_window": SLIDING_WINDOW,
+        "num_experts_per_tok": 1,
+    },
+}
+"""Model type of a configuration (or sub-configuration) to the values that the generic rules miss.
+
+A nested mapping goes to the sub-configuration of that field.
+"""
+
+EMBEDDING_STD = 0.06
+EMBEDDING_STDS: Mapping[str, float] = {
+    **dict.fromkeys(("gemma2", "gemma3", "gemma3_text", "gemma4_unified", "gemma4_unified_text"), 0.02),
+    **dict.fromkeys(("roc_bert", "xglm"), 0.2),
+    **dict.fromkeys(("openai-gpt", "pegasus", "zaya"), 0.6),
+}
+"""Families whose greedy continuation repeats one token at the usual embedding scale."""
+
+DRAFTER = "drafts for a target model: forward takes its inputs_embeds and shared_kv_states, not input_ids"
+UNSUPPORTED: Mapping[str, str] = {"gemma4_assistant": DRAFTER, "gemma4_unified_assistant": DRAFTER}
+
+
+def family_names() -> list[str]:
+    """Every name that ``AutoModelForCausalLM`` maps to a model class, in the registry's order."""
+    return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def model_class(name: str) -> type[PreTrainedModel]:
+    """The class that ``AutoModelForCausalLM`` builds for the family ``name``."""
+    if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise Unsupported(name, "not a causal-LM family of the installed transformers")
+    if name in UNSUPPORTED:
+        raise Unsupported(name, UNSUPPORTED[name])
+    return getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name])
+
+
+def tiny_config(name: str) -> PreTrainedConfig:
+    """The shrunken configuration from which ``tiny_model(name)`` is built."""
+    wanted = model_class(name).config_class
+    config = _shrink(CONFIG_MAPPING[name], {})
+    parts = [part for part in vars(config).values() if type(part) is wanted]
+    return parts[0] if parts else config
+
+
+def tiny_model(name: str, seed: int = 0) -> PreTrainedModel:
+    """A float32 CPU model of the family ``name`` in eval mode; equal seeds give equal weights."""
+    config = tiny_config(name)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        model = _build(name, config)
+        _roughen(model, EMBEDDING_STDS.get(name, EMBEDDING_STD))
+    return model.eval()
+
+
+def _build(name: str, config: PreTrainedConfig) -> PreTrainedModel:
+    try:
+        model = model_class(name)(config)
+    except ImportError as error:
+        raise Unsupported(name, str(error).strip().splitlines()[0]) from error
+    model.generation_config.update(**SPECIAL_TOKENS, decoder_start_token_id=OTHER_TOKENS["decoder_start_token_id"])
+    return model
+
+
+def _shrink(config_class: type[PreTrainedConfig], extra: Mapping[str, Any]) -> PreTrainedConfig:
+    override = {**OVERRIDES.get(config_class.model_type, {}), **extra}
+    full = config_class()
+    defaults = {field.name: _stored(full, field.name) for field in dataclasses.fields(config_class)}
+    values = _sizes(defaults) | _layers(defaults) | _tokens(defaults) | _switches(defaults)
+    for key, part in vars(full).items():
+        if isinstance(part, PreTrainedConfig):
+            values[key] = _shrink(type(part), override.pop(key, {}))
+    return config_class(**(values | override))
+
+
+def _stored(config: PreTrainedConfig, field: str) -> Any:
+    """The value of a field, read past the guards that heterogeneous configurations put on it."""
+    return vars(config).get(config.attribute_map.get(field, field))
+
+
+def _sizes(defaults: Mapping[str, Any]) -> dict[str, Any]:
+    sizes = {key: _at_most(SIZES[key], value) for key, value in defaults.items() if key in SIZES and value is not None}
+    if "kv_lora_rank" in defaults:  # latent attention expands one key per query head
+        sizes["num_key_value_heads"] = SIZES["num_attention_heads"]
+    return sizes
+
+
+def _at_most(tiny: Any, full: Any) -> Any:
+    return min(tiny, full) if isinstance(full, int) else tiny
+
+
+def _layers(defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Keep the first layer of every kind, by the per-layer lists of the full-size configuration."""
+    counts = [key for key in LAYER_COUNTS if defaults.get(key) is not None]
+    if not counts:
+        return {}
+    depth = defaults[counts[0]]
+    lists = {key: value for key, value in defaults.items() if isinstance(value, list | tuple) and len(value) == depth}
+    kept = _first_of_each(list(zip(*lists.values(), strict=True)))
+    return {key: [value[i] for i in kept] for key, value in lists.items()} | dict.fromkeys(counts, len(kept))
+
+
+def _first_of_each(kinds: Sequence[tuple[Any, ...]]) -> list[int]:
+    firsts = sorted({kinds.index(kind) for kind in kinds})[:MAX_LAYERS]
+    return firsts if len(firsts) > 1 else [0, 0]
+
+
+def _tokens(defaults: Mapping[str, Any]) -> dict[str, Any]:
+    special = {key: token for key, token in SPECIAL_TOKENS.items() if key in defaults}
+    others = [
+        key
+        for key, value in sorted(defaults.items())
+        if key.endswith(("_token_id", "_token_index")) and key not in special and isinstance(value, int)
+    ]
+    markers = {key: FIRST_MEDIA_TOKEN + i for i, key in enumerate(others)}
+    forced = {key: None for key in defaults if key.startswith("forced_")}
+    return special | markers | {key: OTHER_TOKENS[key] for key in others if key in OTHER_TOKENS} | forced
+
+
+def _switches(defaults: Mapping[str, Any]) -> dict[str, Any]:
+    dropouts = {key: 0.0 for key, value in defaults.items() if "drop" in key and isinstance(value, float)}
+    causal = {"is_decoder": True} if "is_decoder" in defaults and not defaults["is_encoder_decoder"] else {}
+    return dropouts | causal
+
+
+def _roughen(model: PreTrainedModel, embedding_std: float) -> None:
+    """Widen the small normal initialisation and disturb every tensor that starts out constant."""
+    embeddings = {id(part.weight) for part in model.modules() if isinstance(part, torch.nn.Embedding)}
+    for tensor in _learned(model):
+        spread = float(tensor.std()) if tensor.numel() > 1 else 0.0
+        if spread < 1e-6:
+            tensor.add_(torch.randn_like(tensor), alpha=VECTOR_NOISE)
+        elif tensor.ndim > 1 and spread < 0.1:
+            wanted = embedding_std if id(tensor) in embeddings else MATRIX_GAIN / math.sqrt(tensor.shape[-1])
+            tensor.mul_(wanted / spread)
+
+
+def _learned(model: PreTrainedModel) -> Iterator[torch.Tensor]:
+    yield from model.parameters()
+    saved = model.state_dict()
+    yield from (buffer for name, buffer in model.named_buffers() if name in saved and buffer.is_floating_point())

@@ -1,0 +1,144 @@
+"""Which inputs a model is captured with, and their dynamic dimensions."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from fxgraft.errors import InputError
+from fxgraft.program import Default, Input
+
+_BATCH, _SEQUENCE = 3, 11
+_TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
+_DECODER_INPUTS = ("decoder_input_ids", "decoder_attention_mask")
+_DEFAULTS: dict[str, Default] = {
+    "attention_mask": "ones",
+    "decoder_attention_mask": "ones",
+    "position_ids": "positions",
+    "token_type_ids": "zeros",
+}
+
+
+def describe(
+    model: nn.Module,
+    example: Mapping[str, torch.Tensor] | tuple[torch.Tensor, ...] | None,
+    dynamic: Mapping[str, Mapping[int, str]] | None,
+) -> tuple[Input, ...]:
+    """The inputs to capture with: from the example, or a transformers model's usual ones.
+
+    Raises:
+        InputError: no example for a module whose inputs are not known, or one that does not fit.
+    """
+    if example is None:
+        return _known_inputs(model)
+    values = named(model, example)
+    for name in dynamic or {}:
+        if name not in values:
+            raise InputError(
+                f"argument 'dynamic' names {name!r}, which is no input of the example",
+                f"the example's inputs are: {', '.join(values)}",
+            )
+    return tuple(_describe_value(model, name, value, dynamic) for name, value in values.items())
+
+
+def named(
+    model: nn.Module, example: Mapping[str, torch.Tensor] | tuple[torch.Tensor, ...]
+) -> dict[str, torch.Tensor]:
+    """Example values by the parameter names of the model's ``forward``."""
+    if isinstance(example, Mapping):
+        return dict(example)
+    names = list(inspect.signature(model.forward).parameters)
+    if len(example) > len(names):
+        raise InputError(
+            f"argument 'example' has {len(example)} tensors, forward takes {len(names)}",
+            f"its parameters are: {', '.join(names)}",
+        )
+    return dict(zip(names, example, strict=False))
+
+
+def _describe_value(
+    model: nn.Module,
+    name: str,
+    value: torch.Tensor,
+    dynamic: Mapping[str, Mapping[int, str]] | None,
+) -> Input:
+    if dynamic is not None:
+        names = dict(dynamic.get(name, {}))
+    elif name in _TOKEN_INPUTS:
+        names = {0: "batch", 1: "sequence"}
+    elif name in _DECODER_INPUTS:
+        names = {0: "batch", 1: "decoder_sequence"}
+    else:
+        names = {0: "batch"} if value.dim() else {}
+    shape = tuple(names.get(axis, size) for axis, size in enumerate(value.shape))
+    for axis, size in enumerate(value.shape):
+        if axis in names and size < 2:
+            raise InputError(
+                f"example input {name!r} has size {size} in the dynamic dimension {names[axis]!r}",
+                "give at least 2 there, so that the size is not taken for a constant",
+            )
+    high = 0
+    if not value.dtype.is_floating_point and value.dtype != torch.bool:
+        high = vocabulary(model) if name.endswith("input_ids") else int(value.max()) + 1
+    return Input(name, value.dtype, shape, _DEFAULTS.get(name, "required"), high)
+
+
+def _known_inputs(model: nn.Module) -> tuple[Input, ...]:
+    parameters = inspect.signature(model.forward).parameters
+    if getattr(model, "config", None) is None or "input_ids" not in parameters:
+        raise InputError(
+            f"the inputs of {type(model).__name__} are not known",
+            "give example inputs: capture(model, example={'x': torch.randn(2, 3)})",
+        )
+    names = ["input_ids", "attention_mask"]
+    if "position_ids" in parameters:
+        names.append("position_ids")
+    if cast(Any, model).config.is_encoder_decoder:
+        names = ["input_ids", "attention_mask", "decoder_input_ids"]
+    specs: list[Input] = []
+    for name in names:
+        if name not in parameters:
+            continue
+        axis = "decoder_sequence" if name.startswith("decoder") else "sequence"
+        high = vocabulary(model) if name.endswith("input_ids") else 0
+        default = _DEFAULTS.get(name, "required")
+        specs.append(Input(name, torch.int64, ("batch", axis), default, high))
+    return tuple(specs)
+
+
+def example_values(
+    model: nn.Module,
+    specs: tuple[Input, ...],
+    example: Mapping[str, torch.Tensor] | tuple[torch.Tensor, ...] | None,
+) -> dict[str, torch.Tensor]:
+    """Concrete inputs on the model's device for the capture itself."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if example is not None:
+        return {name: value.to(device) for name, value in named(model, example).items()}
+    sizes = {"batch": _BATCH, "sequence": _SEQUENCE, "decoder_sequence": _SEQUENCE - 4}
+    values: dict[str, torch.Tensor] = {}
+    for spec in specs:
+        shape = [sizes[size] if isinstance(size, str) else size for size in spec.shape]
+        if spec.default == "positions":
+            values[spec.name] = torch.arange(shape[-1], device=device).repeat(shape[0], 1)
+        else:
+            values[spec.name] = torch.ones(shape, dtype=spec.dtype, device=device)
+    return values
+
+
+def vocabulary(model: nn.Module) -> int:
+    """Number of token ids the model accepts."""
+    get_embeddings = getattr(model, "get_input_embeddings", None)
+    try:
+        table = get_embeddings() if get_embeddings else None
+    except (NotImplementedError, AttributeError):
+        table = None
+    weight = getattr(table, "weight", None)
+    if isinstance(weight, torch.Tensor):
+        return int(weight.shape[0])
+    config = getattr(model, "config", None)
+    return int(getattr(config, "vocab_size", 0) or 0)

@@ -1,0 +1,176 @@
+"""What the compiler knows about an op: its state, its whole-length arguments, its cost.
+
+``insert_state``, the layer view and the cost model are driven by these records alone; none of
+them knows an op by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import sympy
+import torch
+from torch.fx import Node
+
+from fxgraft.errors import Error
+
+Expr = sympy.Expr
+Kind = Literal["mixer", "norm", "position", "activation", "intervention", "linear", "mask"]
+
+
+@dataclass(frozen=True)
+class State:
+    """One piece of state that an op carries from one step to the next.
+
+    Attributes:
+        name: the field's name for it, for example ``"key"`` or ``"conv"``.
+        argument: the op argument that takes the state. For ``"grows"`` it is the argument whose
+            past values are kept (the past is concatenated in front of it); for ``"fixed"`` it is
+            the optional argument that takes the previous state.
+        kind: ``"grows"`` with the number of tokens, or ``"fixed"`` in size.
+        dim: dimension along which a growing state grows.
+        limit: name of an integer op argument that bounds a growing state: a query sees at most
+            that many most recent keys, itself included, so ``limit - 1`` past entries suffice.
+        output: index of the op's output that is the next state (``"fixed"`` only).
+    """
+
+    name: str
+    argument: str
+    kind: Literal["grows", "fixed"]
+    dim: int = 0
+    limit: str | None = None
+    output: int = 0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Work of one node as expressions over the graph's symbols.
+
+    Attributes:
+        flops: floating-point operations, a multiply-add counted as two.
+        bytes_read: bytes of inputs, weights and state read, each once.
+        bytes_written: bytes of outputs and state written, each once.
+        state_bytes: bytes of state that the node keeps between steps.
+    """
+
+    flops: Expr = sympy.Integer(0)
+    bytes_read: Expr = sympy.Integer(0)
+    bytes_written: Expr = sympy.Integer(0)
+    state_bytes: Expr = sympy.Integer(0)
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.flops + other.flops,
+            self.bytes_read + other.bytes_read,
+            self.bytes_written + other.bytes_written,
+            self.state_bytes + other.state_bytes,
+        )
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """The registration of one op.
+
+    Attributes:
+        name: op name without namespace, equal to its folder under ``kernels/``.
+        kind: what the op is in a layer; ``"mixer"`` ops mix tokens.
+        reference: plain PyTorch, any floating dtype up to float64, differentiable, exportable.
+        states: state the op owns; empty for stateless ops.
+        total_dims: arguments that span the whole length (past and new) in a step graph, as
+            argument name → dimension.
+        causal: given a node, whether the op lets a token see earlier tokens only.
+        flops: floating-point operations of a node, over the symbols in its ``meta["val"]``.
+    """
+
+    name: str
+    kind: Kind
+    reference: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
+    flops: Callable[[Node], Expr]
+    states: tuple[State, ...] = ()
+    total_dims: Mapping[str, int] = field(default_factory=dict[str, int])
+    causal: Callable[[Node], bool] = lambda node: True
+
+    @property
+    def overload(self) -> torch._ops.OpOverload:
+        """The operator that appears as a node's target."""
+        return getattr(torch.ops.fxgraft, self.name).default
+
+
+_SPECS: dict[str, OpSpec] = {}
+
+
+def register(spec: OpSpec) -> OpSpec:
+    """Add an op to the registry.
+
+    Raises:
+        Error: an op of that name is registered already.
+    """
+    if spec.name in _SPECS:
+        raise Error(f"op {spec.name!r} is registered twice", "give the op another name")
+    _SPECS[spec.name] = spec
+    return spec
+
+
+def specs() -> Mapping[str, OpSpec]:
+    """All registered ops by name."""
+    return dict(_SPECS)
+
+
+def spec_of(node: Node) -> OpSpec | None:
+    """The spec of the op that a graph node calls, or None for any other node."""
+    if node.op != "call_function":
+        return None
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "fxgraft":
+        return None
+    return _SPECS.get(target.name().split("::")[1].split(".")[0])
+
+
+def argument(node: Node, name: str) -> object:
+    """The value that a call node passes for the op argument ``name``, or its default.
+
+    Raises:
+        Error: the op has no such argument.
+    """
+    assert isinstance(node.target, torch._ops.OpOverload)
+    for position, schema_argument in enumerate(node.target._schema.arguments):
+        if schema_argument.name != name:
+            continue
+        if name in node.kwargs:
+            return node.kwargs[name]
+        if position < len(node.args) and not schema_argument.kwarg_only:
+            return node.args[position]
+        return schema_argument.default_value
+    raise Error(f"{node.target} has no argument {name!r}", "check the op's schema")
+
+
+def set_argument(node: Node, name: str, value: object) -> None:
+    """Make a call node pass ``value`` for the op argument ``name``."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    names = [a.name for a in node.target._schema.arguments]
+    position = names.index(name)
+    if name not in node.kwargs and position < len(node.args):
+        node.update_arg(position, value)  # pyright: ignore[reportArgumentType]
+    else:
+        node.update_kwarg(name, value)  # pyright: ignore[reportArgumentType]
+
+
+def dims(value: object) -> tuple[Expr, ...]:
+    """Shape of a node or fake tensor as sympy expressions.
+
+    Args:
+        value: a graph node whose ``meta["val"]`` is a tensor, or such a tensor.
+    """
+    if isinstance(value, Node):
+        value = value.meta["val"]
+    if isinstance(value, (tuple, list)):
+        value = value[0]
+    assert isinstance(value, torch.Tensor)
+    return tuple(expr(size) for size in value.shape)
+
+
+def expr(size: int | torch.SymInt) -> Expr:
+    """A dimension as a sympy expression."""
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)

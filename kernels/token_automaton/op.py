@@ -1,0 +1,81 @@
+"""``fxgraft::token_automaton``: a finite automaton over token ids.
+
+At each position, fired = fire[state, id], then state = next_state[state, id]. SEAL
+(arXiv 2504.07986) needs one to know whether it is inside a thinking section.
+
+Args:
+    input_ids: int64 or int32 [B, S], each in 0..V-1.
+    next_state: int64 or uint8 [K, V], each in 0..K-1.
+    fire: bool [K, V].
+    state: int64 [B], the state after the tokens before these.
+    initial: the state at the start of a sequence, used if ``state`` is None.
+
+Returns:
+    fired bool [B, S], and the last state int64 [B].
+
+Raises:
+    InputError: a token id is negative or not below V (on the CPU; a GPU raises its own device-side
+        error, since asking would stall it).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fxgraft.errors import InputError
+from fxgraft.kernels.define import define
+from fxgraft.kernels.spec import OpSpec, State
+from fxgraft.kernels.token_automaton import cost, reference
+
+
+def _fake(
+    input_ids: Tensor,
+    next_state: Tensor,
+    fire: Tensor,
+    state: Tensor | None = None,
+    *,
+    initial: int = 0,
+) -> tuple[Tensor, Tensor]:
+    return (
+        input_ids.new_empty(input_ids.shape, dtype=torch.bool),
+        input_ids.new_empty(input_ids.shape[:1], dtype=torch.int64),
+    )
+
+
+def _token_automaton(
+    input_ids: Tensor,
+    next_state: Tensor,
+    fire: Tensor,
+    state: Tensor | None = None,
+    *,
+    initial: int = 0,
+) -> tuple[Tensor, Tensor]:
+    if input_ids.device.type == "cpu":
+        _check(input_ids, next_state.shape[1])
+    return reference.token_automaton(input_ids, next_state, fire, state, initial=initial)
+
+
+def _check(input_ids: Tensor, vocabulary: int) -> None:
+    wrong = (input_ids < 0) | (input_ids >= vocabulary)
+    if bool(wrong.any()):
+        raise InputError(
+            f"token_automaton got token id {int(input_ids[wrong][0])}, but its tables are for ids "
+            f"from 0 to {vocabulary - 1}",
+            "build the tables for the model's whole vocabulary",
+        )
+
+
+SPEC = define(
+    OpSpec(
+        name="token_automaton",
+        kind="intervention",
+        reference=reference.token_automaton,
+        flops=cost.flops,
+        states=(State("automaton", "state", "fixed", output=1),),
+    ),
+    "(Tensor input_ids, Tensor next_state, Tensor fire, Tensor? state=None, *, int initial=0) "
+    "-> (Tensor, Tensor)",
+    _fake,
+    _token_automaton,
+)

@@ -1,0 +1,107 @@
+"""Binding call arguments to a Program's inputs, and drawing random valid ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from fxgraft.errors import InputError
+
+if TYPE_CHECKING:
+    from fxgraft.program import Input, Program
+
+_EXAMPLE_SIZES = {"batch": 2, "sequence": 13}
+_OTHER_SIZE = 5
+
+
+def bind(
+    program: Program, args: tuple[torch.Tensor, ...], kwargs: Mapping[str, torch.Tensor | None]
+) -> list[torch.Tensor]:
+    """See :meth:`fxgraft.Program.bind`."""
+    names = [spec.name for spec in program.inputs]
+    if len(args) > len(names):
+        raise InputError(
+            f"{len(args)} inputs given, the Program takes {len(names)}",
+            f"its inputs are: {', '.join(names)}",
+        )
+    given: dict[str, torch.Tensor] = dict(zip(names, args, strict=False))
+    for name, value in kwargs.items():
+        program.input(name)
+        if name in given:
+            raise InputError(f"input {name!r} is given twice", "pass it once")
+        if value is not None:
+            given[name] = value
+    for spec in program.inputs:
+        if spec.name in given:
+            _check(spec, given[spec.name])
+    sizes = program.sizes(given)
+    return [_cast(spec, given[spec.name]) if spec.name in given else _default(program, spec, sizes)
+            for spec in program.inputs]  # fmt: skip
+
+
+def _check(spec: Input, value: torch.Tensor) -> None:
+    wanted = " x ".join(str(size) for size in spec.shape)
+    if value.dim() != len(spec.shape):
+        raise InputError(
+            f"input {spec.name!r} has shape {tuple(value.shape)}", f"give it as [{wanted}]"
+        )
+    if value.numel() == 0:
+        raise InputError(f"input {spec.name!r} is empty", f"give at least one element: [{wanted}]")
+
+
+def _cast(spec: Input, value: torch.Tensor) -> torch.Tensor:
+    same_kind = value.dtype.is_floating_point == spec.dtype.is_floating_point
+    return value.to(spec.dtype) if same_kind and value.dtype != spec.dtype else value
+
+
+def _default(program: Program, spec: Input, sizes: Mapping[str, int]) -> torch.Tensor:
+    if spec.default == "required" or any(isinstance(s, str) and s not in sizes for s in spec.shape):
+        wanted = " x ".join(str(size) for size in spec.shape)
+        raise InputError(f"input {spec.name!r} is missing", f"give it as a tensor [{wanted}]")
+    shape = [sizes[size] if isinstance(size, str) else size for size in spec.shape]
+    if spec.default == "ones":
+        return torch.ones(shape, dtype=spec.dtype, device=program.device)
+    if spec.default == "zeros":
+        return torch.zeros(shape, dtype=spec.dtype, device=program.device)
+    row = torch.arange(shape[-1], dtype=spec.dtype, device=program.device)
+    return row.expand(shape)
+
+
+def example(program: Program, seed: int, sizes: Mapping[str, int]) -> dict[str, torch.Tensor]:
+    """See :meth:`fxgraft.Program.example`."""
+    for name in sizes:
+        if name not in program.dimensions:
+            known = ", ".join(program.dimensions)
+            raise InputError(f"no dynamic dimension {name!r}", f"the dimensions are: {known}")
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        spec.name: _random(program, spec, sizes, generator).to(program.device)
+        for spec in program.inputs
+    }
+
+
+def _random(
+    program: Program, spec: Input, sizes: Mapping[str, int], generator: torch.Generator
+) -> torch.Tensor:
+    shape = [_size(program, size, sizes) for size in spec.shape]
+    if spec.default == "positions":
+        return torch.arange(shape[-1], dtype=spec.dtype).expand(shape)
+    if spec.default in ("ones", "zeros"):
+        return torch.full(shape, int(spec.default == "ones"), dtype=spec.dtype)
+    if spec.dtype.is_floating_point:
+        return torch.randn(shape, generator=generator).to(spec.dtype)
+    if spec.dtype == torch.bool:
+        return torch.ones(shape, dtype=torch.bool)
+    return torch.randint(0, max(spec.high, 2), shape, generator=generator, dtype=spec.dtype)
+
+
+def _size(program: Program, size: int | str, sizes: Mapping[str, int]) -> int:
+    if isinstance(size, int):
+        return size
+    if size in sizes:
+        return sizes[size]
+    allowed = program.dimensions[size]
+    wanted = max(_EXAMPLE_SIZES.get(size, _OTHER_SIZE), allowed.minimum)
+    return min(wanted, allowed.maximum) if allowed.maximum else wanted
