@@ -47,7 +47,9 @@ SIZES: Mapping[str, object] = {
     **_same(VOCAB_SIZE, "vocab_size", "decoder_vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size"),
     **_same(64, "hidden_size", "n_embd", "d_model", "emb_dim", "embedding_dim", "embedding_size", "lru_width"),
     **_same(64, "word_embed_proj_dim", "out_hidden_size", "hidden_size_global", "adapter_out_dim"),
-    **_same(64, "input_embedding_size", "output_embedding_size", "backbone_hidden_size", "ple_embed_dim", "adapter_in_dim"),
+    **_same(
+        64, "input_embedding_size", "output_embedding_size", "backbone_hidden_size", "ple_embed_dim", "adapter_in_dim"
+    ),
     **_same(64, "adapter_input_size"),
     **_same(96, "intermediate_size", "ffn_hidden_size", "decoder_ffn_dim", "encoder_ffn_dim", "ffn_dim", "n_inner"),
     **_same(96, "dff", "d_ff", "dim_ff", "d_inner", "feed_forward_size", "dense_intermediate_size"),
@@ -62,9 +64,9 @@ SIZES: Mapping[str, object] = {
     **_same(2, "encoder_layers", "decoder_layers", "num_encoder_layers", "num_decoder_layers", "depth"),
     **_same(2, "num_global_layers", "conf_num_hidden_layers"),
     **_same(256, "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "context_length"),
-    **_same(256, "max_target_positions", "max_source_positions", "model_max_length"),
+    **_same(256, "keep_window_size", "max_target_positions", "max_source_positions", "model_max_length"),
     **_same(SLIDING_WINDOW, "sliding_window", "sliding_window_size", "attention_window_size", "local_attention"),
-    **_same(SLIDING_WINDOW, "attention_chunk_size", "keep_window_size", "local_attention_window_len", "window_size"),
+    **_same(SLIDING_WINDOW, "attention_chunk_size", "local_attention_window_len", "window_size"),
     **_same(4, "num_experts", "num_local_experts", "moe_num_experts", "zero_expert_num"),
     **_same(8, "n_routed_experts"),
     **_same(2, "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts"),
@@ -75,7 +77,8 @@ SIZES: Mapping[str, object] = {
     **_same(24, "kv_lora_rank"),
     **_same(16, "qk_nope_head_dim", "v_head_dim", "index_head_dim", "indexer_head_dim", "router_hidden_size"),
     **_same(8, "qk_rope_head_dim", "rotary_dim", "index_topk"),
-    **_same(2, "index_n_heads", "indexer_n_heads", "index_topk_blocks", "o_groups"),
+    **_same(16, "index_n_heads", "indexer_n_heads"),
+    **_same(2, "index_topk_blocks", "o_groups"),
     **_same(4, "index_block_size"),
     **_same(8, "mamba_d_state", "ssm_state_size", "state_size", "mamba_dt_rank", "time_step_rank"),
     **_same(8, "mamba_chunk_size", "chunk_size", "mamba_n_heads", "mamba_num_heads", "n_mamba_heads"),
@@ -86,7 +89,8 @@ SIZES: Mapping[str, object] = {
     **_same(8, "hidden_size_per_layer_input", "laurel_rank", "adapter_rank", "hc_lowrank", "gated_norm_rank"),
     **_same(16, "pronunciation_embed_dim", "shape_embed_dim", "num_centroids", "prompt_length"),
     **_same(32, "pronunciation_vocab_size", "shape_vocab_size", "encoder_hash_byte_group_vocab", "rel_extent"),
-    **_same(32, "image_size", "samples_per_token"),
+    **_same(32, "image_size", "samples_per_token", "output_channels", "nemo_conv_channels"),
+    **_same(32, "ext_pw_out_channel", "depthwise_separable_out_channel"),
 }
 """Field name of a configuration to its tiny value. A field that is smaller already keeps its value."""
 
@@ -184,11 +188,12 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
         "mlp_layer_types": ["dense", "sparse"],
     },
     "ministral": LOCAL_AND_GLOBAL | {"head_dim": 16},
-    "musicgen_decoder": {"num_codebooks": 1},
-    "musicgen_melody_decoder": {"num_codebooks": 1},
+    "moshi": {"sliding_window": 256},
+    "musicgen_decoder": {"num_codebooks": 1, "pad_token_id": VOCAB_SIZE, "bos_token_id": VOCAB_SIZE},
+    "musicgen_melody_decoder": {"num_codebooks": 1, "pad_token_id": VOCAB_SIZE, "bos_token_id": VOCAB_SIZE},
     "nemotron": {"num_key_value_heads": 2},
     "qwen4_exp_text": {
-        "indexer_n_heads": 2,
+        "indexer_n_heads": 16,
         "indexer_kv_heads": 1,
         "indexer_head_dim": 16,
         "indexer_budget": 8,
@@ -215,7 +220,11 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     "xmod": {"default_language": "en_XX"},
     "youtu": {"initializer_range": 0.02},
     "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
-    "zamba2": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
+    "zamba2": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "time_step_min": 1e-9,
+    },
     "zaya": {
         "num_hidden_layers": 2,
         "layer_types": ["hybrid", "hybrid_sliding"],
@@ -230,9 +239,10 @@ A nested mapping goes to the sub-configuration of that field.
 
 EMBEDDING_STD = 0.06
 EMBEDDING_STDS: Mapping[str, float] = {
-    **dict.fromkeys(("gemma2", "gemma3", "gemma3_text", "gemma4_unified", "gemma4_unified_text"), 0.02),
-    **dict.fromkeys(("roc_bert", "xglm"), 0.2),
-    **dict.fromkeys(("openai-gpt", "pegasus", "zaya"), 0.6),
+    **_same(0.02, "bert-generation", "gemma2", "gemma3", "gemma3_text", "gemma4_unified", "gemma4_unified_text", "xlm"),
+    **_same(0.2, "ctrl", "xlnet"),
+    **_same(0.6, "bert", "blenderbot-small", "ernie", "openai-gpt", "pegasus", "roc_bert", "zaya"),
+    **_same(1.0, "marian", "musicgen", "musicgen_melody"),
 }
 """Families whose greedy continuation repeats one token at the usual embedding scale."""
 
@@ -277,7 +287,9 @@ def _build(name: str, config: PreTrainedConfig) -> PreTrainedModel:
         model = model_class(name)(config)
     except ImportError as error:
         raise Unsupported(name, str(error).strip().splitlines()[0]) from error
-    model.generation_config.update(**SPECIAL_TOKENS, decoder_start_token_id=OTHER_TOKENS["decoder_start_token_id"])
+    tokens = {key: getattr(config, key, None) or token for key, token in SPECIAL_TOKENS.items()}
+    start = tokens["pad_token_id"] or OTHER_TOKENS["decoder_start_token_id"]
+    model.generation_config.update(**tokens, decoder_start_token_id=start, num_return_sequences=1)
     return model
 
 
@@ -285,7 +297,7 @@ def _shrink(config_class: type[PreTrainedConfig], extra: Mapping[str, Any]) -> P
     override = {**OVERRIDES.get(config_class.model_type, {}), **extra}
     full = config_class()
     defaults = {field.name: _stored(full, field.name) for field in dataclasses.fields(config_class)}
-    values = _sizes(defaults) | _layers(defaults) | _tokens(defaults) | _switches(defaults)
+    values = _layers(defaults) | _sizes(defaults) | _tokens(defaults) | _switches(defaults)
     for key, part in vars(full).items():
         if isinstance(part, PreTrainedConfig):
             values[key] = _shrink(type(part), override.pop(key, {}))
@@ -345,16 +357,23 @@ def _switches(defaults: Mapping[str, Any]) -> dict[str, Any]:
 def _roughen(model: PreTrainedModel, embedding_std: float) -> None:
     """Widen the small normal initialisation and disturb every tensor that starts out constant."""
     embeddings = {id(part.weight) for part in model.modules() if isinstance(part, torch.nn.Embedding)}
-    for tensor in _learned(model):
-        spread = float(tensor.std()) if tensor.numel() > 1 else 0.0
-        if spread < 1e-6:
+    for tensor in model.parameters():
+        if _is_constant(tensor):
             tensor.add_(torch.randn_like(tensor), alpha=VECTOR_NOISE)
-        elif tensor.ndim > 1 and spread < 0.1:
+        elif tensor.ndim > 1 and tensor.std() < 0.1:
             wanted = embedding_std if id(tensor) in embeddings else MATRIX_GAIN / math.sqrt(tensor.shape[-1])
-            tensor.mul_(wanted / spread)
+            tensor.mul_(wanted / tensor.std())
+    for tensor in _learned_buffers(model):
+        if _is_constant(tensor):
+            tensor.add_(torch.randn_like(tensor), alpha=VECTOR_NOISE)
 
 
-def _learned(model: PreTrainedModel) -> Iterator[torch.Tensor]:
-    yield from model.parameters()
-    saved = model.state_dict()
-    yield from (buffer for name, buffer in model.named_buffers() if name in saved and buffer.is_floating_point())
+def _is_constant(tensor: torch.Tensor) -> bool:
+    return tensor.numel() == 1 or float(tensor.std()) < 1e-6
+
+
+def _learned_buffers(model: PreTrainedModel) -> Iterator[torch.Tensor]:
+    """Routing biases and layer scales; other buffers (decay tables, frequencies) are derived."""
+    for name, buffer in model.named_buffers():
+        if name.endswith(("bias", "biases", "scalar")) and buffer.is_floating_point():
+            yield buffer

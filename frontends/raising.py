@@ -15,9 +15,12 @@ aten = torch.ops.aten
 def raise_ops(program: Program) -> Program:
     """Rewrite, in place and before anyone else sees it:
 
-    1. ``aten.scaled_dot_product_attention`` becomes ``fxgraft::attention``;
-    2. a ``causal_mask`` that an attention reads becomes arguments of the attention.
+    1. what export adds for its own checks, and casts to the dtype at hand, are dropped;
+    2. ``aten.scaled_dot_product_attention`` becomes ``fxgraft::attention``;
+    3. a ``causal_mask`` that an attention reads becomes arguments of the attention.
     """
+    for node in list(program.graph.nodes):
+        _drop_noise(node)
     for node in list(program.graph.nodes):
         if node.target is aten.scaled_dot_product_attention.default:
             _raise_sdpa(node)
@@ -33,6 +36,17 @@ def has_loose_masks(program: Program) -> bool:
     """Whether a mask op is read by anything but an attention."""
     mask = torch.ops.fxgraft.causal_mask.default
     return bool(program.graph.find_nodes(op="call_function", target=mask))
+
+
+def _drop_noise(node: Node) -> None:
+    if node.target is aten._assert_tensor_metadata.default:
+        node.graph.erase_node(node)
+    elif node.target in (aten.to.dtype, aten.detach.default, aten.alias.default):
+        source = node.args[0]
+        assert isinstance(source, Node)
+        if source.meta["val"].dtype == node.meta["val"].dtype:
+            node.replace_all_uses_with(source)
+            node.graph.erase_node(node)
 
 
 def _raise_sdpa(node: Node) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -58,7 +59,9 @@ def _backward(reference: Callable[..., Any]) -> Callable[..., Any]:
         with torch.enable_grad():
             inputs = [
                 next(tensors).detach().requires_grad_(needed) if is_tensor else next(constants)
-                for is_tensor, needed in zip(ctx.is_tensor, ctx.needs_input_grad, strict=True)
+                for is_tensor, needed in zip_longest(
+                    ctx.is_tensor, ctx.needs_input_grad, fillvalue=False
+                )
             ]
             outputs = reference(*inputs, **ctx.keywords)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -78,9 +81,10 @@ def _backward(reference: Callable[..., Any]) -> Callable[..., Any]:
                 allow_unused=True,
             )
         )
+        # the dispatcher drops trailing arguments equal to their defaults: they take no gradient
         return tuple(
             next(gradients) if isinstance(value, torch.Tensor) and value.requires_grad else None
-            for value in inputs
+            for value in inputs[: len(ctx.needs_input_grad)]
         )
 
     return backward

@@ -55,9 +55,11 @@ def attention(
 def _grouped_matmul(left: Tensor, right: Tensor) -> Tensor:
     """Multiply [B, Hq, M, K] by [B, Hkv, K, N]: Hq / Hkv consecutive left heads share one right."""
     batch, heads, rows, inner = left.shape
-    kv_heads = right.shape[1]
-    grouped = left.reshape(batch, kv_heads, heads // kv_heads * rows, inner)
-    return (grouped @ right).reshape(batch, heads, rows, right.shape[-1])
+    kv_heads, columns = right.shape[1], right.shape[3]
+    groups = heads // kv_heads
+    # Without the flatten, reshape's strides put a guard on a symbolic length at export.
+    grouped = left.reshape(batch, kv_heads, groups, rows, inner).flatten(2, 3)
+    return (grouped @ right).reshape(batch, kv_heads, groups, rows, columns).flatten(1, 2)
 
 
 def _masked_softmax(scores: Tensor, visible: Tensor | None, sinks: Tensor | None) -> Tensor:

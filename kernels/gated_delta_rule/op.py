@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import cast
 
 import torch
@@ -16,6 +15,7 @@ from fxgraft.kernels.gated_delta_rule.reference import (
     query_and_key,
     step,
 )
+from fxgraft.kernels.segments import segment_sums
 from fxgraft.kernels.spec import OpSpec, State
 
 CHUNK = 64
@@ -84,14 +84,13 @@ def _chunk(
     What each token writes depends on what the earlier ones wrote: a triangular system, solved for
     all T changes together (the UT transform of arXiv 2406.06484, section 3.2).
     """
-    total = log_decay.cumsum(2)  # logarithm of the decay since the chunk began
-    from_start = total.exp()
-    overlap = _decayed_products(key, key, total)
+    from_start = log_decay.cumsum(2).exp()  # decay since the chunk began
+    between = segment_sums(log_decay).exp()  # [B, H, T, T, 1 or Dk]
+    overlap = _decayed_products(key, key, between)
     change = _solve_below_diagonal(beta * overlap, beta * (value - (from_start * key) @ memory))
-    output = (from_start * query) @ memory + _decayed_products(query, key, total) @ change
-    to_end = torch.exp(total[:, :, -1:] - total)
-    memory = from_start[:, :, -1].unsqueeze(-1) * memory + (to_end * key).transpose(2, 3) @ change
-    return output, memory
+    output = (from_start * query) @ memory + _decayed_products(query, key, between) @ change
+    kept = from_start[:, :, -1].unsqueeze(-1) * memory
+    return output, kept + (between[:, :, -1] * key).transpose(2, 3) @ change
 
 
 def _solve_below_diagonal(system: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
@@ -102,15 +101,13 @@ def _solve_below_diagonal(system: torch.Tensor, wanted: torch.Tensor) -> torch.T
     return cast(torch.Tensor, solution)
 
 
-def _decayed_products(left: torch.Tensor, right: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+def _decayed_products(
+    left: torch.Tensor, right: torch.Tensor, between: torch.Tensor
+) -> torch.Tensor:
     """``left[t] · (decay from s to t) · right[s]`` for s up to t, else zero: [B, H, T, T]."""
-    length = left.shape[2]
-    later = torch.ones(length, length, dtype=torch.bool, device=left.device).triu(1)
-    difference = (total.unsqueeze(3) - total.unsqueeze(2)).masked_fill(later[..., None], -math.inf)
-    decay = difference.exp()  # [B, H, T, T, 1 or Dk]
-    if decay.shape[-1] == 1:
-        return (left @ right.transpose(2, 3)) * decay.squeeze(-1)
-    return torch.einsum("bhtd,bhtsd,bhsd->bhts", left, decay, right)
+    if between.shape[-1] == 1:
+        return (left @ right.transpose(2, 3)) * between.squeeze(-1)
+    return torch.einsum("bhtd,bhtsd,bhsd->bhts", left, between, right)
 
 
 SPEC = define(

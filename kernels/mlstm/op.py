@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch.nn import functional as F
 
 from fxgraft.kernels.define import define
 from fxgraft.kernels.mlstm.cost import flops
 from fxgraft.kernels.mlstm.reference import Cell, initial_cell, mlstm
+from fxgraft.kernels.segments import segment_sums
 from fxgraft.kernels.spec import OpSpec, State
 
 CHUNK = 64
@@ -76,9 +75,8 @@ def _chunk(
 ) -> tuple[torch.Tensor, Cell]:
     """T tokens at once, each argument [B, H, T, ...]: attention inside, the cell for all before."""
     memory, normalizer, previous = cell
-    total = forget.cumsum(2)
-    from_start = total + previous.unsqueeze(-1)
-    between = _log_weights(total, write)
+    from_start = forget.cumsum(2) + previous.unsqueeze(-1)
+    between = segment_sums(forget) + write.unsqueeze(-2)  # log weight of token s at token t
     stabilizer = torch.maximum(from_start, between.amax(-1))  # [B, H, T]
     weights = torch.exp(between - stabilizer.unsqueeze(-1))
     kept = torch.exp(from_start - stabilizer).unsqueeze(-1)
@@ -91,13 +89,6 @@ def _chunk(
     memory = kept[:, :, -1:] * memory + written.transpose(2, 3) @ value
     normalizer = kept[:, :, -1] * normalizer + written.sum(2)
     return output, (memory, normalizer, stabilizer[:, :, -1].contiguous())
-
-
-def _log_weights(total: torch.Tensor, write: torch.Tensor) -> torch.Tensor:
-    """Logarithm of what token s (last dim) still weighs at token t: [B, H, T, T]."""
-    later = torch.ones_like(total[0, 0, :, None] * total[0, 0], dtype=torch.bool).triu(1)
-    difference = total.unsqueeze(-1) - total.unsqueeze(-2) + write.unsqueeze(-2)
-    return difference.masked_fill(later, -math.inf)
 
 
 SPEC = define(

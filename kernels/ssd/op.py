@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from fxgraft.kernels.define import define
+from fxgraft.kernels.segments import segment_sums
 from fxgraft.kernels.spec import OpSpec, State
 from fxgraft.kernels.ssd.cost import flops
 from fxgraft.kernels.ssd.reference import (
@@ -85,23 +84,17 @@ def _chunk(
     [B, T, H, P] and ``log_decay`` [B, T, H] have the time steps multiplied in.
     """
     heads = inputs.shape[2]
-    total = log_decay.cumsum(1).transpose(1, 2)  # [B, H, T]
+    log_decay = log_decay.transpose(1, 2)
+    from_start = log_decay.cumsum(2).exp()[..., None]  # [B, H, T, 1]
+    between = segment_sums(log_decay).exp()  # [B, H, T, T]
     scores = C.transpose(1, 2) @ B.permute(0, 2, 3, 1)  # [B, G, T, T]
-    scores = scores.repeat_interleave(heads // B.shape[2], 1) * _decay_between(total)
+    scores = scores.repeat_interleave(heads // B.shape[2], 1) * between
     values = inputs.transpose(1, 2)
     writes, reads = (expand_groups(v, heads).transpose(1, 2) for v in (B, C))  # [B, H, T, N]
-    output = scores @ values + (total.exp().unsqueeze(-1) * reads) @ hidden.transpose(2, 3)
-    to_end = torch.exp(total[..., -1:] - total).unsqueeze(-1)
-    added = values.transpose(2, 3) @ (to_end * writes)
-    hidden = total[..., -1].exp()[..., None, None] * hidden + added
+    output = scores @ values + (from_start * reads) @ hidden.transpose(2, 3)
+    added = values.transpose(2, 3) @ (between[:, :, -1, :, None] * writes)
+    hidden = from_start[:, :, -1, :, None] * hidden + added
     return output.transpose(1, 2), hidden
-
-
-def _decay_between(total: torch.Tensor) -> torch.Tensor:
-    """Decay from token s (last dim) to token t: [B, H, T, T], zero where s is after t."""
-    difference = total.unsqueeze(-1) - total.unsqueeze(-2)
-    later = torch.ones_like(difference[0, 0], dtype=torch.bool).triu(1)
-    return difference.masked_fill(later, -math.inf).exp()
 
 
 SPEC = define(

@@ -154,7 +154,7 @@ def refresh(changed: Iterable[Node]) -> None:
             continue
         pending.discard(node)
         value = evaluate(node)
-        same = _signature(value) == _signature(node.meta.get("val"))
+        same = signature(value) == signature(node.meta.get("val"))
         node.meta["val"] = value
         if not same:
             pending.update(node.users)
@@ -167,11 +167,11 @@ def propagate(module: GraphModule) -> None:
             node.meta["val"] = evaluate(node)
 
 
-def _signature(value: Any) -> object:
+def signature(value: Any) -> object:
     if isinstance(value, torch.Tensor):
         return (tuple(str(size) for size in value.shape), value.dtype)
     if isinstance(value, (tuple, list)):
-        return tuple(_signature(item) for item in cast("tuple[Any, ...]", value))
+        return tuple(signature(item) for item in cast("tuple[Any, ...]", value))
     return str(value)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -155,7 +156,13 @@ class Program:
         assert isinstance(output, tuple)
         graph.output(output[0])
         module = GraphModule(dict(self.weights()), graph, class_name="Program")
-        return replace(self, graph_module=module, history=list(self.history))
+        return replace(
+            self,
+            graph_module=module,
+            dimensions=dict(self.dimensions),
+            origin=copy.deepcopy(self.origin),
+            history=list(self.history),
+        )
 
     def bind(self, *args: torch.Tensor, **kwargs: torch.Tensor | None) -> list[torch.Tensor]:
         """Arrange call arguments in placeholder order and fill in defaults.

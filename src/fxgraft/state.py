@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -302,13 +302,20 @@ def _dimension(work: _Insertion, size: sympy.Expr) -> int | str:
 
 
 def _join_worlds(work: _Insertion, token_nodes: set[Node]) -> None:
-    """Cut the new rows out of total-length values wherever token-dependent nodes read them."""
-    for node in list(work.graph.nodes):
+    """Cut the new rows out of total-length values wherever token-dependent nodes read them.
+
+    A value whose rows are counted over the whole batch (a router's flat index of tokens) belongs
+    to the new tokens itself; users come before what they read, so that this is known in time.
+    """
+    for node in reversed(list(work.graph.nodes)):
         if node not in token_nodes or node.op == "placeholder":
             continue
         spec = spec_of(node)
         for source in list(node.all_input_nodes):
             if source in token_nodes or not _spans_sequence(work, source):
+                continue
+            if _counts_rows_of_batch(work, source):
+                token_nodes.add(source)
                 continue
             whole = _arguments_named(node, source, spec.total_dims if spec else {})
             value = _rows(work, node, source, whole)
@@ -327,6 +334,11 @@ def _spans_sequence(work: _Insertion, node: Node) -> bool:
     if not isinstance(value, torch.Tensor):
         return False
     return any(work.sequence in expr(size).free_symbols for size in value.shape)
+
+
+def _counts_rows_of_batch(work: _Insertion, node: Node) -> bool:
+    both = {work.sequence, work.symbols["batch"]}
+    return any(both <= size.free_symbols for size in dims(node))
 
 
 def _rows(work: _Insertion, user: Node, source: Node, whole: int | None) -> Node:
@@ -440,17 +452,18 @@ def _finish(work: _Insertion) -> StepProgram:
     logits = work.program.output_nodes["logits"]
     output.args = ((logits, *work.outputs),)
     names = ("logits", *(f"present_{state.name.replace('.', '_')}" for state in work.states))
-    dimensions = {**work.program.dimensions, "total": Range(1, None)}
+    dimensions = dict(work.program.dimensions)
     for state in work.states:
         for size in state.shape:
             if isinstance(size, str):
-                dimensions.setdefault(size, Range(0, None))
+                dimensions.setdefault(size, Range(0, state.limit))
+    dimensions["total"] = Range(1, None)
     order = {node.name: index for index, node in enumerate(work.program.placeholders)}
     work.inputs.sort(key=lambda spec: order[spec.name])
     program = replace(
         work.program, inputs=tuple(work.inputs), outputs=names, dimensions=dimensions
     )
-    values = fake_inputs(program.inputs, dimensions, program.device)
+    values = step_inputs(program.inputs, dimensions, program.device)
     for node, value in zip(program.placeholders, values, strict=True):
         node.meta["val"] = value
     graphs.finish(program.graph_module)
@@ -460,3 +473,24 @@ def _finish(work: _Insertion) -> StepProgram:
 
 def _output_value(work: _Insertion) -> Node:
     return work.program.output_nodes["logits"]
+
+
+def step_inputs(
+    inputs: Sequence[Input], dimensions: Mapping[str, Range], device: torch.device
+) -> list[torch.Tensor]:
+    """Fake inputs of a step graph, in which the total length is past and new tokens.
+
+    Sizes stand in such that every bounded past is full and shorter than the unbounded one.
+    """
+    hints = {name: 4 + bounds.maximum for name, bounds in dimensions.items()
+             if name.startswith("past_") and bounds.maximum}  # fmt: skip
+    longest = max(hints.values(), default=4)
+    hints = {name: size - 4 for name, size in hints.items()}
+    hints |= {"past": longest + 6, "total": longest + 32}
+    derived: dict[str, sympy.Expr] = {}
+    if "past" in dimensions:
+        derived["total"] = sum(
+            (sympy.Symbol(name) for name in ("past", "sequence") if name in dimensions),
+            start=sympy.Integer(0),
+        )
+    return fake_inputs(inputs, dimensions, device, hints=hints, derived=derived)

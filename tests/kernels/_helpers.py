@@ -1,38 +1,56 @@
-"""What the op tests share: checks that hold for every op, and graphs to read costs from."""
+"""Checks that hold for every op, and single nodes to read costs from."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.export import ExportedProgram
-from torch.fx import Node
+from torch.fx import Graph, Node
 
-from fxgraft.kernels.spec import Expr, OpSpec, spec_of
+from fxgraft.kernels.spec import OpSpec
+
+Op = Callable[..., Any]
+DynamicShapes = tuple[dict[int, Any] | None, ...]
+
+
+def op_of(spec: OpSpec) -> Op:
+    """The op as a caller sees it, ``torch.ops.fxgraft.<name>``."""
+    return cast(Op, spec.overload)
 
 
 def opcheck(spec: OpSpec, *args: Any, **kwargs: Any) -> None:
-    """Check schema, fake kernel, autograd registration and tracing of an op."""
+    """Check schema, fake kernel, autograd registration and tracing with dynamic shapes."""
     torch.library.opcheck(spec.overload, args, kwargs)  # pyright: ignore[reportUnknownMemberType]
 
 
-def gradcheck(function: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: Tensor) -> None:
+def gradcheck(function: Op, *inputs: Tensor, **kwargs: Any) -> None:
     """Compare gradients with finite differences in float64."""
+
+    def call(*leaves: Tensor) -> Any:
+        return function(*leaves, **kwargs)
+
     leaves = [value.detach().clone().requires_grad_() for value in inputs]
     assert all(leaf.dtype == torch.float64 for leaf in leaves)
-    assert torch.autograd.gradcheck(function, leaves, nondet_tol=1e-12)
+    assert torch.autograd.gradcheck(  # pyright: ignore[reportUnknownMemberType]
+        call, leaves, fast_mode=True
+    )
 
 
-def grads(output: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of an arbitrary weighted sum of an output."""
-    weights = torch.linspace(0.5, 1.5, output.numel(), dtype=output.dtype).view(output.shape)
-    return torch.autograd.grad((output * weights).sum(), inputs)
+def randn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    """Normal numbers; each shape and seed always gives the same."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype)
+
+
+def values(x: Tensor) -> Any:
+    """A tensor as nested lists of Python numbers."""
+    return cast(Any, x.tolist())  # pyright: ignore[reportUnknownMemberType]
 
 
 class _Call(nn.Module):
-    def __init__(self, function: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
+    def __init__(self, function: Op, kwargs: Mapping[str, Any]) -> None:
         super().__init__()
         self.function = function
         self.kwargs = dict(kwargs)
@@ -41,24 +59,35 @@ class _Call(nn.Module):
         return self.function(*args, **self.kwargs)
 
 
-def export(
-    function: Callable[..., Any],
+def check_export(
+    functions: tuple[Op, ...],
     args: tuple[Any, ...],
-    dynamic_shapes: tuple[dict[int, Any] | None, ...],
+    other_args: tuple[Any, ...],
+    dynamic_shapes: DynamicShapes,
     **kwargs: Any,
-) -> ExportedProgram:
-    """Export a call of ``function`` with dynamic dimensions, given for each argument."""
-    return torch.export.export(_Call(function, kwargs), args, dynamic_shapes=(dynamic_shapes,))
+) -> None:
+    """Export functions that compute the same at ``args``; compare them at sizes not exported.
+
+    The first function, called eagerly, says what is right.
+    """
+    expected = functions[0](*other_args, **kwargs)
+    for function in functions:
+        call = _Call(function, kwargs)
+        program = torch.export.export(call, args, dynamic_shapes=(dynamic_shapes,))
+        torch.testing.assert_close(program.module()(*other_args), expected)
 
 
-def op_node(program: ExportedProgram, spec: OpSpec) -> Node:
-    """The only node of an exported graph that calls the op."""
-    (node,) = (node for node in program.graph.nodes if spec_of(node) is spec)
-    return node
+def call_node(spec: OpSpec, *args: Any, **kwargs: Any) -> Node:
+    """A graph node that calls the op, with one placeholder for each tensor."""
+    graph = Graph()
 
+    def lift(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        placeholder = graph.placeholder(f"argument_{len(graph.nodes)}")
+        placeholder.meta["val"] = value
+        return placeholder
 
-def evaluate(expression: Expr, **sizes: int) -> int:
-    """Value of a cost at sizes, given by the name of the exported dimension."""
-    names = {str(symbol): symbol for symbol in expression.free_symbols}
-    assert names.keys() <= sizes.keys(), f"{expression} has symbols other than {list(sizes)}"
-    return int(expression.subs({symbol: sizes[name] for name, symbol in names.items()}))
+    lifted_args = tuple(lift(value) for value in args)
+    lifted_kwargs = {name: lift(value) for name, value in kwargs.items()}
+    return graph.call_function(spec.overload, lifted_args, lifted_kwargs)

@@ -1,0 +1,312 @@
+"""``Pass``: a typed, configurable rewrite of a Program; ``apply`` runs and checks one."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, ClassVar, Self, cast
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
+
+from fxgraft import check as checks
+from fxgraft import contracts, facts, structure
+from fxgraft import graph as graphs
+from fxgraft.errors import ContractError, Error, NothingMatchedError, PassError
+from fxgraft.history import Record
+from fxgraft.program import Program
+from fxgraft.validation import Where, located, nowhere, readable, resolve_paths
+
+
+class Effect(StrEnum):
+    """What a pass may do to the outputs, and so how it is checked.
+
+    * ``EXACT``: nothing; outputs stay equal up to rounding.
+    * ``APPROXIMATE``: the error stays within the pass's ``tolerance``.
+    * ``BEHAVIOUR``: it changes them on purpose; at its neutral setting it is the identity.
+    """
+
+    EXACT = "exact"
+    APPROXIMATE = "approximate"
+    BEHAVIOUR = "behaviour"
+
+
+class Pass(BaseModel, ABC):
+    """A rewrite of a Program. Its fields are its configuration in Python, YAML and on disk.
+
+    A subclass declares its effect, gives its fields types and defaults, and writes ``run``.
+    An approximate pass has a field ``tolerance: float``, the relative error it may cause.
+
+    Attributes:
+        name: name in pipelines; by default the class name in snake case.
+        effect: what it may do to the outputs.
+        requires: facts (``fxgraft.facts``) that must hold of the Program before it runs.
+        ensures: facts that hold after it ran.
+        removes: facts that may hold no longer after it ran.
+        after: passes that, where they are used too, come earlier.
+        before: passes that, where they are used too, come later.
+        excludes: passes that cannot be used on the same Program.
+        looks_for: what it rewrites, for the message when nothing matches.
+        may_match_nothing: finding nothing to do is reported in the history, not an error.
+        no_neutral: why ``neutral()`` is None, for the few behaviour passes that have none.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    name: ClassVar[str]
+    effect: ClassVar[Effect]
+    requires: ClassVar[frozenset[str]] = frozenset()
+    ensures: ClassVar[frozenset[str]] = frozenset()
+    removes: ClassVar[frozenset[str]] = frozenset()
+    after: ClassVar[frozenset[str]] = frozenset()
+    before: ClassVar[frozenset[str]] = frozenset()
+    excludes: ClassVar[frozenset[str]] = frozenset()
+    looks_for: ClassVar[str] = "something to rewrite"
+    may_match_nothing: ClassVar[bool] = False
+    no_neutral: ClassVar[str] = ""
+
+    @abstractmethod
+    def run(self, program: Program) -> list[str] | None:
+        """Rewrite ``program`` in place; it is a copy that shares weights with the caller's.
+
+        Insert nodes with ``fxgraft.graph.insert`` and replace weights with
+        ``program.set_weight``; never change a weight tensor in place.
+
+        Returns:
+            What was changed, one line each, or None.
+        """
+
+    def neutral(self) -> Pass | None:
+        """This pass at the setting that changes nothing, or None if there is no such setting."""
+        return None
+
+    def precheck(self, program: Program) -> None:
+        """Refuse what cannot work on this Program, before any pass of a pipeline has run.
+
+        Raises:
+            InputError: names the field and the remedy.
+        """
+
+    def config(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return self.model_dump(mode="json")
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Mapping[str, object],
+        *,
+        where: Where = nowhere,
+        folder: Path | None = None,
+        strict: bool = False,
+    ) -> Self:
+        """Make a pass from its fields.
+
+        Args:
+            config: the fields.
+            where: gives the place of a field in its source, for messages.
+            folder: what relative paths are relative to.
+            strict: take no value of another type, such as the text ``"3"`` for an integer.
+
+        Raises:
+            InputError: a field is unknown, missing or of the wrong type; names the valid ones.
+        """
+        values = resolve_paths(cls, config, folder) if folder is not None else dict(config)
+        context = {"where": where}
+        if not strict:
+            return cls.model_validate(values, context=context)
+        # JSON mode is strict about types and yet takes text for paths and lists for tuples.
+        return cls.model_validate_json(json.dumps(values), strict=True, context=context)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _raise_readable(
+        cls, data: Any, handler: ModelWrapValidatorHandler[Self], info: ValidationInfo
+    ) -> Self:
+        where = cast("dict[str, Where]", info.context or {}).get("where", nowhere)
+        try:
+            with located(where(())):
+                return handler(data)
+        except ValidationError as error:
+            raise readable(error, cls, f"pass {cls.name!r}", where) from error
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """Complete and check a pass class when it is defined.
+
+        Raises:
+            PassError: the effect is missing, or an approximate pass has no tolerance.
+        """
+        super().__pydantic_init_subclass__(**kwargs)
+        if "name" not in cls.__dict__:
+            cls.name = snake_case(cls.__name__)
+        if inspect.isabstract(cls):
+            return
+        if not isinstance(getattr(cls, "effect", None), Effect):
+            raise PassError(
+                f"pass class {cls.__name__} declares no effect",
+                "add `effect: ClassVar = Effect.EXACT`, APPROXIMATE or BEHAVIOUR",
+            )
+        if cls.effect is Effect.APPROXIMATE and "tolerance" not in cls.model_fields:
+            raise PassError(
+                f"pass class {cls.__name__} is approximate and has no field 'tolerance'",
+                "add `tolerance: float = ...`, the largest relative error it may cause",
+            )
+
+
+def snake_case(name: str) -> str:
+    """``PruneHeads`` → ``prune_heads``."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
+
+
+def apply(program: Program, step: Pass, *, check: bool = True) -> Program:
+    """Apply one pass to a copy of a Program, check the result, and record what was done.
+
+    Args:
+        program: is not changed, whatever happens.
+        step: the pass.
+        check: run the numeric check. Programs without weight values are never checked.
+
+    Raises:
+        ContractError: the pass cannot be applied here, or broke a promise.
+        NothingMatchedError: it found nothing to rewrite.
+        NumericError: it changed the outputs by more than its effect allows.
+        GraphError: the graph that it left breaks a rule.
+        PassError: it failed in some other way.
+    """
+    known = facts.facts(program)
+    _require(program, step, known)
+    start = time.perf_counter()
+    result, summary = _rewrite(program, step)
+    changes = result.diff(program)
+    if not changes:
+        summary = _accept_no_change(step)
+    if not _is_neutral(step):
+        contracts.check_kept(type(step), known, facts.facts(result))
+    seconds = time.perf_counter() - start
+    start = time.perf_counter()
+    error, text = _check(program, result, step, check)
+    check_seconds = time.perf_counter() - start
+    record = Record(
+        name=step.name,
+        config=step.config(),
+        effect=str(step.effect),
+        seconds=seconds,
+        check_seconds=check_seconds,
+        before=structure.measure(program),
+        after=structure.measure(result),
+        error=error,
+        check=text,
+        summary=summary,
+        diff=changes.to_json(),
+    )
+    result.history.append(record)
+    return result
+
+
+def check_definition(step: Pass) -> None:
+    """Check that a pass keeps the rules for passes.
+
+    Raises:
+        ContractError: it names an unknown fact, or a behaviour pass has no neutral setting.
+    """
+    contracts.check_declared(type(step))
+    neutral = step.neutral()
+    if step.effect is Effect.BEHAVIOUR and neutral is None and not step.no_neutral:
+        raise ContractError(
+            f"pass {step.name!r} changes behaviour and has no neutral setting to check it by",
+            "write its `neutral` method, or say in `no_neutral` why there is none",
+        )
+    if neutral is not None and type(neutral) is not type(step):
+        raise ContractError(
+            f"the neutral setting of pass {step.name!r} is a {type(neutral).__name__}",
+            f"return a {type(step).__name__} from `neutral`",
+        )
+
+
+def _require(program: Program, step: Pass, known: frozenset[str]) -> None:
+    check_definition(step)
+    ran = [contracts.Place(record.name, None, done=True) for record in program.history]
+    contracts.check_order([*ran, contracts.Place(step.name, type(step))])
+    contracts.check_required(type(step), known, {})
+    step.precheck(program)
+
+
+def _rewrite(program: Program, step: Pass) -> tuple[Program, list[str]]:
+    """A copy of the Program after the pass, and the pass's summary."""
+    result = program.copy()
+    guard = structure.WeightGuard.watch(program)
+    try:
+        with graphs.made_by(step.name):
+            summary = step.run(result)
+        graphs.finish(result.graph_module)
+    except Error:
+        raise
+    except Exception as error:
+        raise PassError(
+            f"pass {step.name!r} failed: {type(error).__name__}: {error}",
+            "this is a fault in the pass; the error above shows where",
+        ) from error
+    guard.verify(step.name)
+    structure.verify(result)
+    return result, list(summary or [])
+
+
+def _accept_no_change(step: Pass) -> list[str]:
+    if step.may_match_nothing or _is_neutral(step):
+        return [f"nothing changed: looked for {step.looks_for}"]
+    raise NothingMatchedError(
+        f"pass {step.name!r} changed nothing: it looked for {step.looks_for}",
+        "leave it out of the pipeline, or check its settings and the kind of model",
+    )
+
+
+def _is_neutral(step: Pass) -> bool:
+    return step.neutral() == step
+
+
+def _check(before: Program, after: Program, step: Pass, wanted: bool) -> tuple[float | None, str]:
+    """The error found and what was compared, in words."""
+    if not wanted:
+        return None, "skipped on request"
+    if checks.is_meta(before) or checks.is_meta(after):
+        return None, "skipped: the weights have no values (meta device)"
+    if step.effect is Effect.BEHAVIOUR:
+        return _check_behaviour(before, after, step)
+    limit = checks.rounding_limit(before)
+    claim, remedy = f"pass {step.name!r} is exact", "correct the rewrite before that node"
+    if step.effect is Effect.APPROXIMATE:
+        limit = float(cast(Any, step).tolerance)
+        claim = f"pass {step.name!r} is approximate"
+        remedy = "set it to approximate less, or raise its `tolerance`"
+    found = checks.require(before, after, limit, claim, remedy)
+    return found.error, f"outputs compared on {found}, allowed error {limit:.3g}"
+
+
+def _check_behaviour(before: Program, after: Program, step: Pass) -> tuple[float | None, str]:
+    neutral = step.neutral()
+    checks.require_finite(after, before, step.name)
+    if neutral is None:
+        return None, f"runs; not compared: {step.no_neutral}"
+    unchanged = after if neutral == step else _rewrite(before, neutral)[0]
+    limit = checks.rounding_limit(before) / 10
+    found = checks.require(
+        before,
+        unchanged,
+        limit,
+        f"pass {step.name!r} at its neutral setting ({neutral!r}) is the identity",
+        "correct the rewrite before that node",
+    )
+    return found.error, f"neutral setting compared on {found}, allowed error {limit:.3g}"

@@ -1,0 +1,114 @@
+"""``fxgraft::token_automaton`` against a loop, and split at every point."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.kernels._helpers import call_node, check_export, op_of, opcheck, values
+from torch import Tensor
+from torch.export import Dim
+
+from fxgraft.errors import InputError
+from fxgraft.kernels.token_automaton.op import SPEC
+
+token_automaton = op_of(SPEC)
+VOCABULARY = 11
+
+
+def _tables(num_states: int, dtype: torch.dtype = torch.int64) -> tuple[Tensor, Tensor]:
+    """Random next_state and fire [K, V]."""
+    generator = torch.Generator().manual_seed(num_states)
+    next_state = torch.randint(num_states, (num_states, VOCABULARY), generator=generator)
+    return next_state.to(dtype), torch.rand(num_states, VOCABULARY, generator=generator) < 0.3
+
+
+def _ids(batch: int, length: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(VOCABULARY, (batch, length), generator=generator)
+
+
+def _naive(
+    input_ids: Tensor, next_state: Tensor, fire: Tensor, states: list[int]
+) -> tuple[list[list[bool]], list[int]]:
+    fired: list[list[bool]] = []
+    last: list[int] = []
+    for ids, state in zip(values(input_ids), states, strict=True):
+        fired.append([])
+        for token in ids:
+            fired[-1].append(bool(fire[state, token]))
+            state = int(next_state[state, token])
+        last.append(state)
+    return fired, last
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    batch=st.integers(1, 3),
+    length=st.integers(1, 40),
+    num_states=st.integers(1, 5),
+    seed=st.integers(0, 99),
+    data=st.data(),
+)
+def test_oracle(batch: int, length: int, num_states: int, seed: int, data: st.DataObject) -> None:
+    states = data.draw(st.lists(st.integers(0, num_states - 1), min_size=batch, max_size=batch))
+    input_ids, (next_state, fire) = _ids(batch, length, seed), _tables(num_states)
+    fired, last = token_automaton(input_ids, next_state, fire, torch.tensor(states))
+    assert (values(fired), values(last)) == _naive(input_ids, next_state, fire, states)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(length=st.integers(0, 20), split=st.integers(0, 20), seed=st.integers(0, 99))
+def test_split_equals_whole(length: int, split: int, seed: int) -> None:
+    input_ids, tables = _ids(2, length, seed), _tables(3)
+    whole, whole_last = token_automaton(input_ids, *tables, initial=2)
+    head, state = token_automaton(input_ids[:, :split], *tables, initial=2)
+    tail, last = token_automaton(input_ids[:, split:], *tables, state)
+    assert torch.equal(torch.cat((head, tail), 1), whole)
+    assert torch.equal(last, whole_last)
+
+
+@pytest.mark.parametrize("ids_dtype", [torch.int64, torch.int32])
+@pytest.mark.parametrize("table_dtype", [torch.int64, torch.uint8])
+def test_dtypes(table_dtype: torch.dtype, ids_dtype: torch.dtype) -> None:
+    next_state, fire = _tables(4, table_dtype)
+    input_ids = _ids(2, 9)
+    fired, last = token_automaton(input_ids.to(ids_dtype), next_state, fire)
+    assert (fired.dtype, last.dtype) == (torch.bool, torch.int64)
+    assert (values(fired), values(last)) == _naive(input_ids, next_state, fire, [0, 0])
+
+
+@pytest.mark.parametrize("token", [-1, VOCABULARY])
+def test_bad_ids(token: int) -> None:
+    input_ids = torch.tensor([[0, token]])
+    with pytest.raises(InputError, match=f"token id {token},.* 0 to {VOCABULARY - 1}"):
+        token_automaton(input_ids, *_tables(2))
+    with pytest.raises((IndexError, RuntimeError), match="out of"):
+        SPEC.reference(input_ids, *_tables(2))
+
+
+@pytest.mark.parametrize("state", [None, torch.tensor([1, 0])])
+def test_opcheck(state: Tensor | None) -> None:
+    opcheck(SPEC, _ids(2, 5), *_tables(2, torch.uint8), state, initial=1)
+
+
+def test_export() -> None:
+    batch, length = Dim("batch"), Dim("length")
+    check_export(
+        (op_of(SPEC), SPEC.reference),
+        (_ids(2, 3), *_tables(3), torch.tensor([2, 0])),
+        (_ids(3, 37), *_tables(3), torch.tensor([1, 2, 0])),
+        ({0: batch, 1: length}, None, None, {0: batch}),
+    )
+
+
+def test_state_is_declared() -> None:
+    (state,) = SPEC.states
+    names = [argument.name for argument in SPEC.overload._schema.arguments]  # pyright: ignore[reportPrivateUsage]
+    assert (state.kind, state.output) == ("fixed", 1)
+    assert state.argument in names
+
+
+def test_flops() -> None:
+    assert SPEC.flops(call_node(SPEC, _ids(1, 2), *_tables(2))) == 0

@@ -1,0 +1,77 @@
+"""Tiny random transformers models for tests, one builder per family."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import transformers
+from torch import nn
+
+VOCABULARY = 128
+
+
+def llama(**changes: Any) -> nn.Module:
+    """A Llama with grouped queries: 4 query heads, 2 key/value heads."""
+    return _build("Llama", _decoder(), changes)
+
+
+def mistral(**changes: Any) -> nn.Module:
+    """A Mistral with a sliding window of 6 tokens."""
+    return _build("Mistral", {**_decoder(), "sliding_window": 6, "head_dim": 16}, changes)
+
+
+def gemma2(**changes: Any) -> nn.Module:
+    """A Gemma 2: soft caps, alternating windows, norms around each part."""
+    return _build("Gemma2", {**_decoder(), "sliding_window": 6, "head_dim": 16}, changes)
+
+
+def gpt2(**changes: Any) -> nn.Module:
+    """A GPT-2: learned positions, one merged query/key/value projection."""
+    config = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    return _build("GPT2", config, changes, head="LMHeadModel")
+
+
+def opt(**changes: Any) -> nn.Module:
+    """An OPT: learned positions counted from the attention mask."""
+    config = {
+        "hidden_size": 64, "ffn_dim": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "max_position_embeddings": 64, "word_embed_proj_dim": 64,
+    }  # fmt: skip
+    return _build("OPT", config, changes)
+
+
+def mamba(**changes: Any) -> nn.Module:
+    """A Mamba-1: fixed-size state only."""
+    config = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "expand": 2}
+    return _build("Mamba", config, changes)
+
+
+def jamba(**changes: Any) -> nn.Module:
+    """A Jamba: Mamba and attention layers mixed, mixture of experts."""
+    config = {
+        **_decoder(), "num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1,
+        "expert_layer_period": 2, "expert_layer_offset": 1, "num_experts": 4,
+        "mamba_d_state": 8, "mamba_dt_rank": 4, "use_mamba_kernels": False,
+    }  # fmt: skip
+    return _build("Jamba", config, changes)
+
+
+def _decoder() -> dict[str, Any]:
+    return {
+        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+    }  # fmt: skip
+
+
+def _build(
+    family: str, config: dict[str, Any], changes: dict[str, Any], head: str = "ForCausalLM"
+) -> nn.Module:
+    library = cast(Any, transformers)
+    values = {
+        "vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+        "initializer_range": 0.2, **config, **changes,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = getattr(library, family + head)(getattr(library, family + "Config")(**values))
+    return cast(nn.Module, model.eval())
