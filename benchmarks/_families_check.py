@@ -104,9 +104,13 @@ def _generation(row: Row, model: PreTrainedModel) -> None:
     row.cache_matches_padded = torch.equal(padded, _continue(model, tokens, mask, use_cache=False))
     prompts = _prompts(2, 12)
     plain = _continue(model, prompts, torch.ones_like(prompts), use_cache=True)
-    row.cache_matches = torch.equal(plain, _continue(model, prompts, torch.ones_like(prompts), use_cache=False))
+    row.cache_matches = torch.equal(
+        plain, _continue(model, prompts, torch.ones_like(prompts), use_cache=False)
+    )
     alone = tokens[:1, LEFT_PADDING:]
-    row.padding_invariant = torch.equal(padded[:1], _continue(model, alone, torch.ones_like(alone), use_cache=True))
+    row.padding_invariant = torch.equal(
+        padded[:1], _continue(model, alone, torch.ones_like(alone), use_cache=True)
+    )
 
 
 def _prompts(batch: int, length: int) -> Tensor:
@@ -145,7 +149,9 @@ def _continue(model: PreTrainedModel, tokens: Tensor, mask: Tensor, use_cache: b
 def _is_finite(model: PreTrainedModel, batch: int, length: int) -> bool:
     logits = _logits(model, _prompts(batch, length))
     if tuple(logits.shape[:2]) != (batch, length):
-        raise ValueError(f"logits of shape {tuple(logits.shape)} for token ids of shape {(batch, length)}")
+        raise ValueError(
+            f"logits of shape {tuple(logits.shape)} for token ids of shape {(batch, length)}"
+        )
     if not torch.isfinite(logits).all():
         raise ValueError("logits are not finite")
     return True
@@ -192,7 +198,9 @@ def _registry(row: Row, model: PreTrainedModel) -> None:
         ) -> tuple[Tensor, None]:
             asked.add(module)
             reached.update(running)
-            return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
+            return sdpa_attention_forward(
+                module, query, key, value, attention_mask, scaling=scaling
+            )
 
         AttentionInterface.register(PROBE, probe)
         AttentionMaskInterface.register(PROBE, sdpa_mask)
@@ -303,7 +311,10 @@ def main() -> None:
     for name in options.names or family_names():
         rows.append(_in_child(name, options.limit))
         print(_line(rows[-1]), flush=True)
-    counts = {field: sum(bool(getattr(row, field)) for row in rows) for field in ("build", "forward", "generate")}
+    counts = {
+        field: sum(bool(getattr(row, field)) for row in rows)
+        for field in ("build", "forward", "generate")
+    }
     print(f"{len(rows)} families: {counts}")
     if options.json:
         options.json.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))

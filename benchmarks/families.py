@@ -44,51 +44,139 @@ def _same(value: object, *names: str) -> dict[str, Any]:
 
 
 SIZES: Mapping[str, object] = {
-    **_same(VOCAB_SIZE, "vocab_size", "decoder_vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size"),
-    **_same(64, "hidden_size", "n_embd", "d_model", "emb_dim", "embedding_dim", "embedding_size", "lru_width"),
+    **_same(
+        VOCAB_SIZE,
+        "vocab_size",
+        "decoder_vocab_size",
+        "vocab_size_per_layer_input",
+        "unpadded_vocab_size",
+    ),
+    **_same(
+        64,
+        "hidden_size",
+        "n_embd",
+        "d_model",
+        "emb_dim",
+        "embedding_dim",
+        "embedding_size",
+        "lru_width",
+    ),
     **_same(64, "word_embed_proj_dim", "out_hidden_size", "hidden_size_global", "adapter_out_dim"),
     **_same(
-        64, "input_embedding_size", "output_embedding_size", "backbone_hidden_size", "ple_embed_dim", "adapter_in_dim"
+        64,
+        "input_embedding_size",
+        "output_embedding_size",
+        "backbone_hidden_size",
+        "ple_embed_dim",
+        "adapter_in_dim",
     ),
     **_same(64, "adapter_input_size"),
-    **_same(96, "intermediate_size", "ffn_hidden_size", "decoder_ffn_dim", "encoder_ffn_dim", "ffn_dim", "n_inner"),
+    **_same(
+        96,
+        "intermediate_size",
+        "ffn_hidden_size",
+        "decoder_ffn_dim",
+        "encoder_ffn_dim",
+        "ffn_dim",
+        "n_inner",
+    ),
     **_same(96, "dff", "d_ff", "dim_ff", "d_inner", "feed_forward_size", "dense_intermediate_size"),
     **_same(96, "intermediate_size_mlp", "mlp_dim", "prefix_dense_intermediate_size"),
-    **_same(48, "moe_intermediate_size", "expert_ffn_hidden_size", "shared_expert_intermediate_size"),
-    **_same(48, "shared_experts_intermediate_size", "shared_intermediate_size", "moe_shared_expert_intermediate_size"),
+    **_same(
+        48, "moe_intermediate_size", "expert_ffn_hidden_size", "shared_expert_intermediate_size"
+    ),
+    **_same(
+        48,
+        "shared_experts_intermediate_size",
+        "shared_intermediate_size",
+        "moe_shared_expert_intermediate_size",
+    ),
     **_same(4, "num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads"),
     **_same(4, "decoder_attention_heads", "encoder_attention_heads"),
-    **_same(4, "num_decoder_attention_heads", "num_encoder_attention_heads", "swa_num_attention_heads"),
+    **_same(
+        4, "num_decoder_attention_heads", "num_encoder_attention_heads", "swa_num_attention_heads"
+    ),
     **_same(2, "num_key_value_heads", "num_kv_heads", "kv_n_heads", "swa_num_key_value_heads"),
-    **_same(16, "head_dim", "attention_head_size", "d_head", "dim_head", "swa_head_dim", "d_kv", "kv_channels"),
-    **_same(2, "encoder_layers", "decoder_layers", "num_encoder_layers", "num_decoder_layers", "depth"),
+    **_same(
+        16,
+        "head_dim",
+        "attention_head_size",
+        "d_head",
+        "dim_head",
+        "swa_head_dim",
+        "d_kv",
+        "kv_channels",
+    ),
+    **_same(
+        2, "encoder_layers", "decoder_layers", "num_encoder_layers", "num_decoder_layers", "depth"
+    ),
     **_same(2, "num_global_layers", "conf_num_hidden_layers"),
-    **_same(256, "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "context_length"),
-    **_same(256, "keep_window_size", "max_target_positions", "max_source_positions", "model_max_length"),
-    **_same(SLIDING_WINDOW, "sliding_window", "sliding_window_size", "attention_window_size", "local_attention"),
+    **_same(
+        256, "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "context_length"
+    ),
+    **_same(
+        256, "keep_window_size", "max_target_positions", "max_source_positions", "model_max_length"
+    ),
+    **_same(
+        SLIDING_WINDOW,
+        "sliding_window",
+        "sliding_window_size",
+        "attention_window_size",
+        "local_attention",
+    ),
     **_same(SLIDING_WINDOW, "attention_chunk_size", "local_attention_window_len", "window_size"),
     **_same(4, "num_experts", "num_local_experts", "moe_num_experts", "zero_expert_num"),
     **_same(8, "n_routed_experts"),
-    **_same(2, "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts"),
+    **_same(
+        2,
+        "num_experts_per_tok",
+        "num_experts_per_token",
+        "moe_topk",
+        "moe_top_k",
+        "moe_k",
+        "top_k_experts",
+    ),
     **_same(2, "n_group", "num_expert_group"),
     **_same(1, "topk_group", "n_shared_experts", "num_shared_experts", "moe_num_shared_experts"),
     **_same(1, "first_k_dense_replace", "num_dense_layers"),
     **_same(32, "q_lora_rank", "o_lora_rank"),
     **_same(24, "kv_lora_rank"),
-    **_same(16, "qk_nope_head_dim", "v_head_dim", "index_head_dim", "indexer_head_dim", "router_hidden_size"),
+    **_same(
+        16,
+        "qk_nope_head_dim",
+        "v_head_dim",
+        "index_head_dim",
+        "indexer_head_dim",
+        "router_hidden_size",
+    ),
     **_same(8, "qk_rope_head_dim", "rotary_dim", "index_topk"),
     **_same(16, "index_n_heads", "indexer_n_heads"),
     **_same(2, "index_topk_blocks", "o_groups"),
     **_same(4, "index_block_size"),
     **_same(8, "mamba_d_state", "ssm_state_size", "state_size", "mamba_dt_rank", "time_step_rank"),
-    **_same(8, "mamba_chunk_size", "chunk_size", "mamba_n_heads", "mamba_num_heads", "n_mamba_heads"),
+    **_same(
+        8, "mamba_chunk_size", "chunk_size", "mamba_n_heads", "mamba_num_heads", "n_mamba_heads"
+    ),
     **_same(16, "mamba_d_head", "mamba_head_dim", "mamba_headdim"),
     **_same(2, "n_groups", "linear_num_key_heads"),
     **_same(4, "linear_num_value_heads", "linear_num_heads"),
     **_same(16, "linear_key_head_dim", "linear_value_head_dim", "linear_head_dim"),
-    **_same(8, "hidden_size_per_layer_input", "laurel_rank", "adapter_rank", "hc_lowrank", "gated_norm_rank"),
+    **_same(
+        8,
+        "hidden_size_per_layer_input",
+        "laurel_rank",
+        "adapter_rank",
+        "hc_lowrank",
+        "gated_norm_rank",
+    ),
     **_same(16, "pronunciation_embed_dim", "shape_embed_dim", "num_centroids", "prompt_length"),
-    **_same(32, "pronunciation_vocab_size", "shape_vocab_size", "encoder_hash_byte_group_vocab", "rel_extent"),
+    **_same(
+        32,
+        "pronunciation_vocab_size",
+        "shape_vocab_size",
+        "encoder_hash_byte_group_vocab",
+        "rel_extent",
+    ),
     **_same(32, "image_size", "samples_per_token", "output_channels", "nemo_conv_channels"),
     **_same(32, "ext_pw_out_channel", "depthwise_separable_out_channel"),
 }
@@ -109,8 +197,14 @@ ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
 OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     "bamba": {"num_hidden_layers": 2, "attn_layer_indices": [1]},
+    "cohere2_moe": LOCAL_AND_GLOBAL
+    | {"mlp_layer_types": ["dense", "sparse"], "num_shared_experts": 1},
     "cohere_compass_text": LOCAL_AND_GLOBAL
-    | {"rope_parameters": _same(ROPE | {"mrope_section": [4, 2, 2]}, "sliding_attention", "full_attention")},
+    | {
+        "rope_parameters": _same(
+            ROPE | {"mrope_section": [4, 2, 2]}, "sliding_attention", "full_attention"
+        )
+    },
     "blt": {"num_hidden_layers": 2},
     "dbrx": {
         "attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 2.0},
@@ -123,8 +217,24 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
         "n_group": 2,
         "topk_group": 1,
     },
+    "deepseek_v4": {
+        "num_hidden_layers": 3,
+        "layer_types": [
+            "sliding_attention",
+            "compressed_sparse_attention",
+            "heavily_compressed_attention",
+        ],
+        "mlp_layer_types": ["hash_moe", "moe", "moe"],
+        "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4},
+        "index_topk": 4,
+    },
     "dots1": LOCAL_AND_GLOBAL
-    | {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
+    | {
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1,
+    },
     "dots3_note_text": {
         "index_topk": 8,
         "head_dim": 24,
@@ -138,12 +248,14 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
         "sliding_window": SLIDING_WINDOW,
     },
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_d_head": 16},
+    "flint": {"mlp_only_layers": [0]},
     "gemma3n_text": {
         "num_hidden_layers": 4,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
         "num_kv_shared_layers": 2,
         "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0],
     },
+    "gemma3n_vision": {"architecture": "test_resnet"},
     "gemma4_text": {
         "num_hidden_layers": 4,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
@@ -167,10 +279,22 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"],
         "global_head_dim": 32,
     },
+    "glm_moe_dsa": {
+        "num_hidden_layers": 3,
+        "layer_types": ["indexed_attention"] * 3,
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "indexer_types": ["full", "full", "shared"],
+    },
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
-    "granitemoehybrid": {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]},
+    "granitemoehybrid": {
+        "num_hidden_layers": 2,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
+    "granitemoe_swa": {"shared_intermediate_size": 48},
+    "granitemoeshared": {"shared_intermediate_size": 48},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 4, "moe_topk": 2},
+    "inkling_text": {"mlp_layer_types": ["dense", "sparse"]},
     "jamba": {"num_hidden_layers": 4, "attn_layer_period": 4, "attn_layer_offset": 2},
     "laguna": LOCAL_AND_GLOBAL
     | {
@@ -180,8 +304,10 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     },
     "lfm2": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
+    "llama4_text": {"moe_layers": [1, 3]},
     "longcat_flash": {"head_dim": 8},
     "mamba2": {"num_heads": 8},
+    "mellum": LOCAL_AND_GLOBAL | {"mlp_layer_types": ["sparse", "sparse"]},
     "minimax_m3_vl_text": {
         "num_hidden_layers": 2,
         "layer_types": ["full_attention", "minimax_m3_sparse"],
@@ -189,8 +315,16 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     },
     "ministral": LOCAL_AND_GLOBAL | {"head_dim": 16},
     "moshi": {"sliding_window": 256},
-    "musicgen_decoder": {"num_codebooks": 1, "pad_token_id": VOCAB_SIZE, "bos_token_id": VOCAB_SIZE},
-    "musicgen_melody_decoder": {"num_codebooks": 1, "pad_token_id": VOCAB_SIZE, "bos_token_id": VOCAB_SIZE},
+    "musicgen_decoder": {
+        "num_codebooks": 1,
+        "pad_token_id": VOCAB_SIZE,
+        "bos_token_id": VOCAB_SIZE,
+    },
+    "musicgen_melody_decoder": {
+        "num_codebooks": 1,
+        "pad_token_id": VOCAB_SIZE,
+        "bos_token_id": VOCAB_SIZE,
+    },
     "nemotron": {"num_key_value_heads": 2},
     "qwen4_exp_text": {
         "indexer_n_heads": 16,
@@ -239,14 +373,25 @@ A nested mapping goes to the sub-configuration of that field.
 
 EMBEDDING_STD = 0.06
 EMBEDDING_STDS: Mapping[str, float] = {
-    **_same(0.02, "bert-generation", "gemma2", "gemma3", "gemma3_text", "gemma4_unified", "gemma4_unified_text", "xlm"),
+    **_same(
+        0.02,
+        "bert-generation",
+        "gemma2",
+        "gemma3",
+        "gemma3_text",
+        "gemma4_unified",
+        "gemma4_unified_text",
+        "xlm",
+    ),
     **_same(0.2, "ctrl", "xlnet"),
     **_same(0.6, "bert", "blenderbot-small", "ernie", "openai-gpt", "pegasus", "roc_bert", "zaya"),
     **_same(1.0, "marian", "musicgen", "musicgen_melody"),
 }
 """Families whose greedy continuation repeats one token at the usual embedding scale."""
 
-DRAFTER = "drafts for a target model: forward takes its inputs_embeds and shared_kv_states, not input_ids"
+DRAFTER = (
+    "drafts for a target model: forward takes its inputs_embeds and shared_kv_states, not input_ids"
+)
 UNSUPPORTED: Mapping[str, str] = {"gemma4_assistant": DRAFTER, "gemma4_unified_assistant": DRAFTER}
 
 
@@ -286,7 +431,9 @@ def _build(name: str, config: PreTrainedConfig) -> PreTrainedModel:
     try:
         model = model_class(name)(config)
     except ImportError as error:
-        raise Unsupported(name, str(error).strip().splitlines()[0]) from error
+        raise Unsupported(
+            name, f"an optional package is missing: {' '.join(str(error).split())}"
+        ) from error
     tokens = {key: getattr(config, key, None) or token for key, token in SPECIAL_TOKENS.items()}
     start = tokens["pad_token_id"] or OTHER_TOKENS["decoder_start_token_id"]
     model.generation_config.update(**tokens, decoder_start_token_id=start, num_return_sequences=1)
@@ -310,7 +457,11 @@ def _stored(config: PreTrainedConfig, field: str) -> Any:
 
 
 def _sizes(defaults: Mapping[str, Any]) -> dict[str, Any]:
-    sizes = {key: _at_most(SIZES[key], value) for key, value in defaults.items() if key in SIZES and value is not None}
+    sizes = {
+        key: _at_most(SIZES[key], value)
+        for key, value in defaults.items()
+        if key in SIZES and value is not None
+    }
     if "kv_lora_rank" in defaults:  # latent attention expands one key per query head
         sizes["num_key_value_heads"] = SIZES["num_attention_heads"]
     return sizes
@@ -326,9 +477,15 @@ def _layers(defaults: Mapping[str, Any]) -> dict[str, Any]:
     if not counts:
         return {}
     depth = defaults[counts[0]]
-    lists = {key: value for key, value in defaults.items() if isinstance(value, list | tuple) and len(value) == depth}
+    lists = {
+        key: value
+        for key, value in defaults.items()
+        if isinstance(value, list | tuple) and len(value) == depth
+    }
     kept = _first_of_each(list(zip(*lists.values(), strict=True)))
-    return {key: [value[i] for i in kept] for key, value in lists.items()} | dict.fromkeys(counts, len(kept))
+    return {key: [value[i] for i in kept] for key, value in lists.items()} | dict.fromkeys(
+        counts, len(kept)
+    )
 
 
 def _first_of_each(kinds: Sequence[tuple[Any, ...]]) -> list[int]:
@@ -341,27 +498,46 @@ def _tokens(defaults: Mapping[str, Any]) -> dict[str, Any]:
     others = [
         key
         for key, value in sorted(defaults.items())
-        if key.endswith(("_token_id", "_token_index")) and key not in special and isinstance(value, int)
+        if key.endswith(("_token_id", "_token_index"))
+        and key not in special
+        and isinstance(value, int)
     ]
     markers = {key: FIRST_MEDIA_TOKEN + i for i, key in enumerate(others)}
     forced = {key: None for key in defaults if key.startswith("forced_")}
-    return special | markers | {key: OTHER_TOKENS[key] for key in others if key in OTHER_TOKENS} | forced
+    return (
+        special
+        | markers
+        | {key: OTHER_TOKENS[key] for key in others if key in OTHER_TOKENS}
+        | forced
+    )
 
 
 def _switches(defaults: Mapping[str, Any]) -> dict[str, Any]:
-    dropouts = {key: 0.0 for key, value in defaults.items() if "drop" in key and isinstance(value, float)}
-    causal = {"is_decoder": True} if "is_decoder" in defaults and not defaults["is_encoder_decoder"] else {}
+    dropouts = {
+        key: 0.0 for key, value in defaults.items() if "drop" in key and isinstance(value, float)
+    }
+    causal = (
+        {"is_decoder": True}
+        if "is_decoder" in defaults and not defaults["is_encoder_decoder"]
+        else {}
+    )
     return dropouts | causal
 
 
 def _roughen(model: PreTrainedModel, embedding_std: float) -> None:
     """Widen the small normal initialisation and disturb every tensor that starts out constant."""
-    embeddings = {id(part.weight) for part in model.modules() if isinstance(part, torch.nn.Embedding)}
+    embeddings = {
+        id(part.weight) for part in model.modules() if isinstance(part, torch.nn.Embedding)
+    }
     for tensor in model.parameters():
         if _is_constant(tensor):
             tensor.add_(torch.randn_like(tensor), alpha=VECTOR_NOISE)
         elif tensor.ndim > 1 and tensor.std() < 0.1:
-            wanted = embedding_std if id(tensor) in embeddings else MATRIX_GAIN / math.sqrt(tensor.shape[-1])
+            wanted = (
+                embedding_std
+                if id(tensor) in embeddings
+                else MATRIX_GAIN / math.sqrt(tensor.shape[-1])
+            )
             tensor.mul_(wanted / tensor.std())
     for tensor in _learned_buffers(model):
         if _is_constant(tensor):

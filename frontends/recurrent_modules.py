@@ -68,13 +68,18 @@ def _xlstm(backend: Any) -> list[Replacement]:
         value: torch.Tensor,
         igate: torch.Tensor,
         fgate: torch.Tensor,
+        c_initial: torch.Tensor | None = None,
+        n_initial: torch.Tensor | None = None,
+        m_initial: torch.Tensor | None = None,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, None]:
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         by_token = (x.transpose(1, 2) for x in (query, key, value, igate, fgate))
-        output = torch.ops.fxgraft.mlstm(
-            *by_token, scale=float(query.shape[-1]) ** -0.5, epsilon=backend.config.eps
-        )[0]
-        return output.transpose(1, 2), None
+        stabilizer = None if m_initial is None else m_initial.squeeze(-1)
+        output, memory, normalizer, stabilizer = torch.ops.fxgraft.mlstm(
+            *by_token, c_initial, n_initial, stabilizer,
+            scale=float(query.shape[-1]) ** -0.5, epsilon=backend.config.eps,
+        )  # fmt: skip
+        return output.transpose(1, 2), (memory, normalizer, stabilizer.unsqueeze(-1))
 
     return [(backend, "forward", forward)]
 

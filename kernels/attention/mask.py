@@ -10,20 +10,25 @@ from torch import Tensor
 from fxgraft.errors import InputError
 
 
-def check_visibility(
-    query_length: int, total_length: int, is_causal: bool, window: int | None, chunk: int | None
-) -> None:
-    """Check that the visibility rules have a meaning for these lengths.
+def check_rules(is_causal: bool, window: int | None, chunk: int | None) -> None:
+    """Check that the visibility rules have a meaning together.
 
     Raises:
-        InputError: a window without causality, a window or chunk below 1, or more queries than
-            keys although the rules compare their positions.
+        InputError: a window without causality, or a window or chunk below 1.
     """
     if window is not None and not is_causal:
         raise InputError("attention has a window but is_causal=False", "pass a mask as bias")
     for name, size in (("window", window), ("chunk", chunk)):
         if size is not None and size < 1:
             raise InputError(f"attention's {name} is {size}", "pass at least 1, or None")
+
+
+def check_lengths(query_length: int, total_length: int, is_causal: bool, chunk: int | None) -> None:
+    """Check that queries have a position among the keys, if a rule compares positions.
+
+    Raises:
+        InputError: there are more queries than keys.
+    """
     if (is_causal or chunk is not None) and query_length > total_length:
         raise InputError(
             f"attention has {query_length} queries but only {total_length} keys",

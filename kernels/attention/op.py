@@ -30,7 +30,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from fxgraft.errors import InputError
 from fxgraft.kernels.attention import cost, reference
-from fxgraft.kernels.attention.mask import check_visibility, visible_keys
+from fxgraft.kernels.attention.mask import check_lengths, check_rules, visible_keys
 from fxgraft.kernels.define import define
 from fxgraft.kernels.spec import OpSpec, State, argument
 
@@ -63,6 +63,7 @@ def _fake(
     softcap: float = 0.0,
 ) -> Tensor:
     _check(query, key, value)
+    check_rules(is_causal, window, chunk)
     return query.new_empty((*query.shape[:3], value.shape[3]))
 
 
@@ -83,7 +84,8 @@ def _attention(
     """Use the library's fused attention where it computes exactly this, else the reference."""
     _check(query, key, value)
     length, total = query.shape[2], key.shape[2]
-    check_visibility(length, total, is_causal, window, chunk)
+    check_rules(is_causal, window, chunk)
+    check_lengths(length, total, is_causal, chunk)
     if softcap > 0 or sinks is not None or not _mixes(bias, query):
         return reference.attention(
             query,

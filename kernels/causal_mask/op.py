@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fxgraft.kernels.attention.mask import check_visibility
+from fxgraft.kernels.attention.mask import check_lengths, check_rules
 from fxgraft.kernels.causal_mask import cost, reference
 from fxgraft.kernels.define import define
 from fxgraft.kernels.spec import OpSpec, argument
@@ -30,6 +30,7 @@ def _fake(
     window: int | None = None,
     chunk: int | None = None,
 ) -> Tensor:
+    check_rules(is_causal, window, chunk)
     batch, total = key_mask.shape
     return key_mask.new_empty((batch, 1, query_length, total))
 
@@ -42,7 +43,8 @@ def _causal_mask(
     window: int | None = None,
     chunk: int | None = None,
 ) -> Tensor:
-    check_visibility(query_length, key_mask.shape[1], is_causal, window, chunk)
+    check_rules(is_causal, window, chunk)
+    check_lengths(query_length, key_mask.shape[1], is_causal, chunk)
     return reference.causal_mask(
         key_mask, query_length, is_causal=is_causal, window=window, chunk=chunk
     )

@@ -57,7 +57,7 @@ class CompiledLM(_TemplateLM):
         batch_size: int = 8,
         max_length: int | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__()  # pyright: ignore[reportUnknownMemberType]
         if batch_size < 1:
             raise InputError(f"batch_size is {batch_size}", "give at least 1")
         known = compiled.program.origin.get("context_length")

@@ -38,6 +38,7 @@ class Describer:
         self.program = program
         self._dimensions = _dimension_names(program)
         self._unnamed = 0
+        self._arguments: dict[Node, dict[str, tuple[Pieces, bool]]] = {}
         self._sizes: dict[Any, str] = {}
         self.values = {node: self._value(node.meta.get("val")) for node in program.graph.nodes}
         self.modules = calls_by_module(program.graph)
@@ -86,11 +87,13 @@ class Describer:
             node: the call.
             defaults: include arguments that equal the schema's default, given or not.
         """
-        return {
-            name: self.pieces(value)
-            for name, value, is_default in _named_arguments(node)
-            if defaults or not is_default
-        }
+        if node not in self._arguments:
+            self._arguments[node] = {
+                name: (self.pieces(value), is_default)
+                for name, value, is_default in _named_arguments(node)
+            }
+        found = self._arguments[node]
+        return {name: text for name, (text, is_default) in found.items() if defaults or not is_default}
 
     def pieces(self, value: object) -> Pieces:
         """An argument as text and, in between, the nodes in it."""

@@ -234,21 +234,19 @@ class _Comparison:
         self._before = before
         self._after = after
         self._after_of = match(before, after)
+        self._before_of = {new: old for old, new in self._after_of.items()}
 
     def rows(self) -> Iterator[NodeChange]:
         """All nodes of both Programs, module by module, removed ones where they were."""
-        modules = _merged(
-            list(self._before.modules),
-            list(self._after.modules),
-            {name: name for name in self._before.modules if name in self._after.modules},
-        )
-        for old, new in modules:
+        same = {name: name for name in self._before.modules if name in self._after.modules}
+        for old, new in _merged(list(self._before.modules), list(self._after.modules), same, same):
             module = old if new is None else new
             assert module is not None
             nodes = _merged(
                 self._before.modules.get(module, []),
                 self._after.modules.get(module, []),
                 self._after_of,
+                self._before_of,
             )
             for left, right in nodes:
                 yield self._row(module, left, right)
@@ -321,20 +319,19 @@ def _output(describer: Describer, node: Node | None) -> str:
 
 
 def _merged(
-    left: Sequence[T], right: Sequence[T], partner: Mapping[T, T]
+    left: Sequence[T], right: Sequence[T], right_of: Mapping[T, T], left_of: Mapping[T, T]
 ) -> list[tuple[T | None, T | None]]:
     """Both sequences as one: in the order of ``right``, lone lefts after their predecessors."""
     lone: dict[T | None, list[T]] = {}
     previous: T | None = None
     for item in left:
-        if item in partner:
-            previous = partner[item]
+        if item in right_of:
+            previous = right_of[item]
         else:
             lone.setdefault(previous, []).append(item)
-    back = {value: key for key, value in partner.items()}
     rows: list[tuple[T | None, T | None]] = [(item, None) for item in lone.get(None, [])]
     for item in right:
-        rows.append((back.get(item), item))
+        rows.append((left_of.get(item), item))
         rows += [(gone, None) for gone in lone.get(item, [])]
     return rows
 

@@ -45,7 +45,11 @@ def page_data(diff: GraphDiff) -> dict[str, Any]:
         "counts": dict(_counts(diff.nodes)),
         "groups": [_group(blocks) for blocks in _alike(_blocks(diff.context or diff.nodes))],
         "named": [
-            {"title": title, "rows": _named_rows(changes)}
+            {
+                "title": title,
+                "counts": dict(Counter(change.kind for change in changes)),
+                "rows": _named_rows(changes),
+            }
             for title, changes in named_sections(diff)
         ],
     }

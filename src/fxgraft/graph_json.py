@@ -12,16 +12,17 @@ import keyword
 import math
 import operator
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cache
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx import Graph, Node
 
+from fxgraft.argument_json import decode_argument, encode_argument
 from fxgraft.errors import SerializationError
-from fxgraft.strict_json import fields, typed
+from fxgraft.strict_json import fields
 
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # FX writes weight names into the code it generates, so nothing that could end a string.
@@ -50,23 +51,6 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     **{f"math.{name}": getattr(math, name) for name in ("ceil", "floor", "trunc")},
 }  # fmt: skip
 _FUNCTION_NAMES = {function: name for name, function in _FUNCTIONS.items()}
-_DTYPES = {
-    str(value).removeprefix("torch."): value
-    for value in vars(torch).values()
-    if isinstance(value, torch.dtype)
-}
-_LAYOUTS = {"strided": torch.strided}
-_MEMORY_FORMATS = {
-    str(value).removeprefix("torch."): value
-    for value in (
-        torch.contiguous_format,
-        torch.preserve_format,
-        torch.channels_last,
-        torch.channels_last_3d,
-    )
-}
-_DEVICE_TYPES = ("cpu", "cuda", "xpu", "mps", "meta")
-OWN_DEVICE = "own"
 
 
 def encode_graph(graph: Graph, device: torch.device) -> list[dict[str, Any]]:
@@ -109,20 +93,6 @@ def check_weight_name(name: str) -> str:
     return name
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """A dtype's name, for example ``"float32"``."""
-    return str(dtype).removeprefix("torch.")
-
-
-def dtype_of(name: object, where: str) -> torch.dtype:
-    """The dtype of that name.
-
-    Raises:
-        SerializationError: there is none.
-    """
-    return _lookup(_DTYPES, name, where, "dtype")
-
-
 def _encode_node(node: Node, device: torch.device) -> dict[str, Any]:
     where = f"node {node.name!r}"
     if node.op not in ("placeholder", "get_attr", "call_function", "output"):
@@ -133,8 +103,10 @@ def _encode_node(node: Node, device: torch.device) -> dict[str, Any]:
         "name": node.name,
         "op": node.op,
         "target": _encode_target(node, where),
-        "args": [_encode(value, device, where) for value in node.args],
-        "kwargs": {key: _encode(value, device, where) for key, value in node.kwargs.items()},
+        "args": [encode_argument(value, device, where) for value in node.args],
+        "kwargs": {
+            key: encode_argument(value, device, where) for key, value in node.kwargs.items()
+        },
         "meta": {key: str(node.meta[key]) for key in _META if key in node.meta},
     }
 
@@ -150,9 +122,9 @@ def _decode_node(graph: Graph, known: dict[str, Node], record: object, where: st
     if name in known:
         raise SerializationError(f"{where} occurs twice", "restore the file")
     target = _decode_target(raw["op"], raw["target"], where)
-    args = tuple(_decode(value, known, where) for value in raw["args"])
+    args = tuple(decode_argument(value, known, where) for value in raw["args"])
     kwargs = {
-        _identifier(key, where): _decode(value, known, where)
+        _identifier(key, where): decode_argument(value, known, where)
         for key, value in raw["kwargs"].items()
     }
     known[name] = graph.create_node(raw["op"], target, args, kwargs, name)
@@ -221,100 +193,3 @@ def _find(name: str) -> Callable[..., Any]:
     if not torch._C._dispatch_has_kernel(found.name()):
         raise LookupError(name)
     return found
-
-
-def _encode(value: object, device: torch.device, where: str) -> Any:
-    if value is None or isinstance(value, (bool, str)) or type(value) is int:
-        return value
-    if isinstance(value, float) and math.isfinite(value):
-        return value
-    if isinstance(value, list):
-        return [_encode(item, device, where) for item in cast("list[object]", value)]
-    if isinstance(value, tuple):
-        return {"tuple": [_encode(item, device, where) for item in cast("tuple[Any]", value)]}
-    if isinstance(value, slice):
-        parts = (value.start, value.stop, value.step)
-        return {"slice": [_encode(part, device, where) for part in parts]}
-    return _encode_leaf(value, device, where)
-
-
-def _encode_leaf(value: object, device: torch.device, where: str) -> dict[str, Any]:
-    if isinstance(value, Node):
-        return {"node": value.name}
-    if isinstance(value, float):
-        return {"float": str(value)}
-    if isinstance(value, complex):
-        return {"complex": [str(value.real), str(value.imag)]}
-    if isinstance(value, torch.dtype):
-        return {"dtype": dtype_name(value)}
-    if isinstance(value, torch.device):
-        return {"device": OWN_DEVICE if value.type == device.type else str(value)}
-    if isinstance(value, torch.memory_format):
-        return {"memory_format": str(value).removeprefix("torch.")}
-    if isinstance(value, torch.layout):
-        return {"layout": str(value).removeprefix("torch.")}
-    raise SerializationError(
-        f"{where} has an argument of type {type(value).__name__}, which cannot be stored",
-        "pass numbers, strings, dtypes, devices or nodes",
-    )
-
-
-def _decode(value: object, known: Mapping[str, Node], where: str) -> Any:
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, list):
-        return [_decode(item, known, where) for item in cast("list[object]", value)]
-    entries = cast("dict[str, Any]", value)
-    if len(entries) != 1:
-        raise SerializationError(f"{where} has a malformed argument {entries}", "restore the file")
-    ((tag, content),) = entries.items()
-    if tag in ("tuple", "slice"):
-        items = [_decode(i, known, where) for i in typed(content, f"a {tag} of {where}", list)]
-        return tuple(items) if tag == "tuple" else _slice(items, where)
-    return _decode_leaf(tag, content, known, where)
-
-
-def _slice(parts: list[Any], where: str) -> slice:
-    if len(parts) != 3:
-        raise SerializationError(f"{where} has a malformed slice", "restore the file")
-    return slice(*parts)
-
-
-def _decode_leaf(tag: str, content: object, known: Mapping[str, Node], where: str) -> Any:
-    if tag == "complex":
-        parts = [_number(part, where) for part in typed(content, f"a number of {where}", list)]
-        return complex(*parts[:2])
-    if tag == "float":
-        return _number(content, where)
-    if tag == "device":
-        return _device(typed(content, f"a device of {where}", str), where)
-    tables: dict[str, Mapping[str, Any]] = {
-        "node": known,
-        "dtype": _DTYPES,
-        "layout": _LAYOUTS,
-        "memory_format": _MEMORY_FORMATS,
-    }
-    return _lookup(_lookup(tables, tag, where, "kind of argument"), content, where, tag)
-
-
-def _number(text: object, where: str) -> float:
-    try:
-        return float(typed(text, f"a number of {where}", str))
-    except ValueError:
-        raise SerializationError(f"{where} has the number {text!r}", "restore the file") from None
-
-
-def _device(name: str, where: str) -> torch.device:
-    kind, _, index = name.partition(":")
-    if name == OWN_DEVICE:
-        return torch.device("cpu")
-    if kind in _DEVICE_TYPES and (not index or index.isdecimal()):
-        return torch.device(name)
-    raise SerializationError(f"{where} has the device {name!r}", "restore the file")
-
-
-def _lookup(table: Mapping[str, Any], name: object, where: str, kind: str) -> Any:
-    if isinstance(name, str) and name in table:
-        return table[name]
-    raise SerializationError(f"{where} names the {kind} {name!r}, which does not exist here",
-                             "restore the file, or use a newer fxgraft")  # fmt: skip

@@ -19,8 +19,9 @@ from torch.fx import GraphModule
 
 from fxgraft import atomic, weight_files
 from fxgraft import graph as graphs
+from fxgraft.argument_json import dtype_name, dtype_of
 from fxgraft.errors import SerializationError
-from fxgraft.graph_json import check_weight_name, decode_graph, dtype_name, dtype_of, encode_graph
+from fxgraft.graph_json import check_weight_name, decode_graph, encode_graph
 from fxgraft.history import Record, Size
 from fxgraft.program import Default, Input, Program, Range
 from fxgraft.strict_json import fields, parse, plain, typed, unplain
@@ -88,6 +89,7 @@ def load(folder: Path) -> Program:
         unplain(document["origin"]),
         [_decode_record(record, index) for index, record in enumerate(document["history"])],
     )
+    _check_interface(program)
     _compute_shapes(program, dimensions)
     return program
 
@@ -247,13 +249,23 @@ def _module(graph: torch.fx.Graph, weights: Mapping[str, torch.Tensor]) -> Graph
     return module
 
 
-def _compute_shapes(program: Program, dimensions: Mapping[str, _Dimension]) -> None:
+def _check_interface(program: Program) -> None:
+    """The graph takes the described inputs and returns the described outputs."""
     names = [str(node.target) for node in program.placeholders]
     if names != [spec.name for spec in program.inputs]:
         raise SerializationError(
             f"{FILE} describes other inputs than its graph takes: {', '.join(names)}",
             "restore the file",
         )
+    outputs = [node for node in program.graph.nodes if node.op == "output"]
+    values = outputs[0].args[0] if len(outputs) == 1 and outputs[0].args else None
+    if not isinstance(values, (tuple, list)) or len(values) != len(program.outputs):
+        raise SerializationError(
+            f"{FILE} describes other outputs than its graph returns", "restore the file"
+        )
+
+
+def _compute_shapes(program: Program, dimensions: Mapping[str, _Dimension]) -> None:
     try:
         values = fake_inputs(
             program.inputs,
@@ -265,11 +277,8 @@ def _compute_shapes(program: Program, dimensions: Mapping[str, _Dimension]) -> N
             node.meta["val"] = value
         graphs.propagate(program.graph_module)
         check_dynamic(values)
-        outputs = len(program.output_nodes)
     except Exception as error:  # whatever an operator raises on inputs that do not fit it
         raise SerializationError(
             f"the shapes of the graph in {FILE} cannot be computed: {error}",
             "restore the folder; program.json and the weights must come from one save",
         ) from error
-    if outputs != len(program.outputs):
-        raise SerializationError(f"{FILE} names a wrong number of outputs", "restore the file")

@@ -476,12 +476,22 @@ def _output_value(work: _Insertion) -> Node:
 
 
 def step_inputs(
-    inputs: Sequence[Input], dimensions: Mapping[str, Range], device: torch.device
+    inputs: Sequence[Input],
+    dimensions: Mapping[str, Range],
+    device: torch.device,
+    sizes: Mapping[str, int] | None = None,
 ) -> list[torch.Tensor]:
     """Fake inputs of a step graph, in which the total length is past and new tokens.
 
     Sizes stand in such that every bounded past is full and shorter than the unbounded one.
+
+    Args:
+        inputs: of the step graph.
+        dimensions: the dynamic ones.
+        device: of the fake tensors.
+        sizes: dimensions that are fixed numbers.
     """
+    fixed = sizes or {}
     hints = {name: 4 + bounds.maximum for name, bounds in dimensions.items()
              if name.startswith("past_") and bounds.maximum}  # fmt: skip
     longest = max(hints.values(), default=4)
@@ -491,6 +501,6 @@ def step_inputs(
     if "past" in dimensions:
         derived["total"] = sum(
             (sympy.Symbol(name) for name in ("past", "sequence") if name in dimensions),
-            start=sympy.Integer(0),
+            start=sympy.Integer(0 if "sequence" in dimensions else fixed["sequence"]),
         )
     return fake_inputs(inputs, dimensions, device, hints=hints, derived=derived)

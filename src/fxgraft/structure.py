@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -31,6 +31,19 @@ def verify(program: Program) -> None:
         _verify_node(node)
     _verify_interface(program)
     _verify_dynamic(program)
+
+
+def verify_outputs_kept(before: Program, after: Program) -> None:
+    """Check that a rewrite removed no output.
+
+    Raises:
+        GraphError: names the output that is gone.
+    """
+    for name in before.outputs:
+        if name not in after.outputs:
+            raise GraphError(
+                f"the output {name!r} is gone", "a pass may add outputs, not remove or rename them"
+            )
 
 
 def _verify_node(node: Node) -> None:
@@ -102,16 +115,11 @@ class WeightGuard:
                 )
 
 
-def measure(program: Program, flops: Callable[[Program], int]) -> Size:
-    """How large a Program is.
-
-    Args:
-        program: what to measure.
-        flops: counts its operations.
-    """
+def measure(program: Program, sizes: Mapping[str, int]) -> Size:
+    """How large a Program is, its operations counted at the given sizes of its dimensions."""
     return Size(
         nodes=len(program.graph.nodes),
         parameters=program.count_parameters(),
         bytes=program.count_bytes(),
-        flops=flops(program),
+        flops=int(program.cost(**sizes).total.flops),
     )

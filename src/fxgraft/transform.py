@@ -205,8 +205,8 @@ def apply(program: Program, step: Pass, *, check: bool = True) -> Program:
         effect=str(step.effect),
         seconds=seconds,
         check_seconds=check_seconds,
-        before=structure.measure(program),
-        after=structure.measure(result),
+        before=structure.measure(program, checks.check_sizes(program)),
+        after=structure.measure(result, checks.check_sizes(result)),
         error=error,
         check=text,
         summary=summary,
@@ -261,6 +261,7 @@ def _rewrite(program: Program, step: Pass) -> tuple[Program, list[str]]:
         ) from error
     guard.verify(step.name)
     structure.verify(result)
+    structure.verify_outputs_kept(program, result)
     return result, list(summary or [])
 
 

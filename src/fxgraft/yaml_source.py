@@ -84,13 +84,13 @@ class YamlSource:
 
     def _convert(self, node: yaml.Node, loc: Loc, seen: set[int]) -> object:
         line = cast(int, node.start_mark.line) + 1
-        self.lines.setdefault(loc, line)
         if id(node) in seen:
             raise InputError(
                 f"{self.where(loc)}anchors and aliases (& and *) are not supported here",
                 "write the value out",
             )
         seen.add(id(node))
+        self.lines.setdefault(loc, line)
         if isinstance(node, yaml.MappingNode) and node.tag == f"{_PREFIX}map":
             return self._mapping(node, loc, seen)
         if isinstance(node, yaml.SequenceNode) and node.tag == f"{_PREFIX}seq":
@@ -141,5 +141,5 @@ class YamlSource:
 def _syntax_error(file: Path, error: yaml.MarkedYAMLError) -> InputError:
     mark = error.problem_mark or error.context_mark
     place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-    problem = error.problem or error.context or "it cannot be parsed"
+    problem = ": ".join(part for part in (error.context, error.problem) if part)
     return InputError(f"{file}{place}: this is no YAML: {problem}", "correct the file there")

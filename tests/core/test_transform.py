@@ -6,11 +6,13 @@ import json
 import math
 from abc import abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
+from pydantic import ValidationError
 from tests.core.small_passes import HalvePrecision, Shift, SwapAddends, aten, calls, tiny_program
 
 from fxgraft import check, facts
@@ -106,7 +108,7 @@ def test_wrong_settings_name_the_pass_the_key_and_the_valid_keys() -> None:
 
 
 def test_a_pass_cannot_be_changed() -> None:
-    with pytest.raises(InputError, match="frozen"):
+    with pytest.raises(ValidationError, match="frozen"):
         Shift().coefficient = 2.0  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -172,7 +174,7 @@ def test_a_wrong_rewrite_is_located(program: Program) -> None:
     text = str(caught.value)
     assert "pass 'faulty' is exact, but output 'logits' has a relative error of" in text
     assert "the first node that differs is node 'linear_3' (aten.linear) in module 'down.1'" in text
-    assert "it reads 'sigmoid', which the pass inserted or changed" in text
+    assert "it reads 'sigmoid_default', which the pass inserted or changed" in text
 
 
 def test_a_changed_weight_is_located(program: Program) -> None:
@@ -342,7 +344,7 @@ def _wrong_shape(program: Program) -> None:
 @pytest.mark.parametrize(
     ("run", "message"),
     [
-        (_insert_bare, r"node 'relu_\d' has no shape"),
+        (_insert_bare, r"node 'relu_default' has no shape"),
         (_lie_about_a_shape, r"node 'relu' .*gives float32 \[2, 13, 8\], its metadata says"),
         (_call_a_module, "is a call_module, which a Program may not hold"),
         (_forget_an_output, "the graph has 1 outputs, the Program names 0"),
@@ -380,7 +382,7 @@ def test_a_pass_may_add_outputs_and_not_remove_them(program: Program) -> None:
 
     result = apply(program, exact(add))
     assert [value.shape[-1] for value in result(**result.example())] == [11, 8]
-    with pytest.raises(NumericError, match="the output 'logits' is gone"):
+    with pytest.raises(GraphError, match="the output 'logits' is gone"):
         apply(program, exact(rename))
 
 
@@ -422,7 +424,7 @@ def test_promises_are_checked_after_the_run(program: Program) -> None:
     assert apply(program, step)
 
     def rename(program: Program) -> None:
-        program.outputs = ("scores",)
+        program.inputs = (replace(program.inputs[0], name="tokens"), *program.inputs[1:])
 
     with pytest.raises(ContractError, match="removed the fact 'causal_lm' without declaring it"):
         apply(program, exact(rename), check=False)

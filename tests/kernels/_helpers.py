@@ -21,8 +21,21 @@ def op_of(spec: OpSpec) -> Op:
 
 
 def opcheck(spec: OpSpec, *args: Any, **kwargs: Any) -> None:
-    """Check schema, fake kernel, autograd registration and tracing with dynamic shapes."""
-    torch.library.opcheck(spec.overload, args, kwargs)  # pyright: ignore[reportUnknownMemberType]
+    """Check schema, fake kernel, autograd registration and tracing of an op.
+
+    Traces with dynamic shapes, but with static ones if an argument requires a gradient: the
+    dynamic trace of a backward takes seconds.
+    """
+    trains = any(isinstance(value, Tensor) and value.requires_grad for value in args)
+    checks = (
+        "test_schema",
+        "test_autograd_registration",
+        "test_faketensor",
+        "test_aot_dispatch_static" if trains else "test_aot_dispatch_dynamic",
+    )
+    torch.library.opcheck(  # pyright: ignore[reportUnknownMemberType]
+        spec.overload, args, kwargs, test_utils=checks
+    )
 
 
 def gradcheck(function: Op, *inputs: Tensor, **kwargs: Any) -> None:

@@ -41,10 +41,9 @@ def test_oracle_and_gradient(activation: str) -> None:
     gradcheck(gated_activation, gate, up, activation=activation)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(dtype: torch.dtype) -> None:
-    gate = randn(2, 3, 5, dtype=dtype).requires_grad_(dtype == torch.float32)
-    up = randn(2, 5, 3, dtype=dtype).transpose(1, 2)
+@pytest.mark.parametrize("trains", [False, True])
+def test_opcheck(trains: bool) -> None:
+    gate, up = randn(2, 3, 5).requires_grad_(trains), randn(2, 5, 3).transpose(1, 2)
     opcheck(SPEC, gate, up, activation="silu")
 
 

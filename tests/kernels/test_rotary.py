@@ -99,7 +99,7 @@ def test_bad_width(width: int) -> None:
 
 @pytest.mark.parametrize(("width", "interleaved"), [(4, True), (8, False)])
 def test_opcheck(width: int, interleaved: bool) -> None:
-    x = randn(2, 3, 4, 8).transpose(1, 2)
+    x = randn(2, 3, 4, 8).transpose(1, 2).requires_grad_(interleaved)
     cos, sin = _tables(_angles(1, 3, width), interleaved)
     opcheck(SPEC, x, cos, sin, interleaved=interleaved)
 

@@ -3,6 +3,7 @@
 // thousands of nodes costs only what is looked at.
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const KINDS = ["added", "removed", "rewired", "changed", "same"];
+const NAMED_KINDS = ["added", "removed", "rewired", "reshaped", "changed"];
 const FOLD_FROM = 5;
 const MOST_OPEN_ROWS = 1500;
 const state = { shown: new Set(KINDS), query: "", zoom: 1 };
@@ -103,7 +104,7 @@ function rowElements(rows, foldable) {
 // -- blocks that open and close --------------------------------------------------------------
 
 function chips(counts) {
-  const found = KINDS.filter((kind) => counts[kind]);
+  const found = [...new Set([...KINDS, ...NAMED_KINDS])].filter((kind) => counts[kind]);
   return element(
     "span", { class: "chips" },
     ...found.map((kind) => element("span", { class: "chip " + kind }, `${counts[kind]} ${kindName(kind)}`)),
@@ -156,8 +157,6 @@ function groupElement(group, index) {
 function namedElement(table) {
   const rows = table.rows.filter((row) => !state.query || row.join(" ").toLowerCase().includes(state.query));
   if (!rows.length) return null;
-  const counts = {};
-  for (const [kind] of rows) counts[kind === "reshaped" ? "changed" : kind] = (counts[kind] || 0) + 1;
   const lines = rows.map(([kind, name, before, after]) => {
     const same = before === after;
     const words = same ? [before + "  other values"] : [
@@ -169,7 +168,7 @@ function namedElement(table) {
       element("td", {}, ...words.filter((word) => word !== null)),
     );
   });
-  const made = block("", element("span", { class: "name" }, table.title), counts, () => [
+  const made = block("", element("span", { class: "name" }, table.title), table.counts, () => [
     element("table", { class: "named code" }, ...lines),
   ]);
   made.open(true);
@@ -218,7 +217,7 @@ function drawMap() {
     );
     const link = element(
       "a", { href: "#group-" + index, class: isChanged(group.counts) ? "" : "quiet", title: group.name },
-      element("span", { class: "code" }, group.name), element("span", { class: "bar" }, ...bars),
+      element("span", { class: "code" }, element("bdi", {}, group.name)), element("span", { class: "bar" }, ...bars),
     );
     link.addEventListener("click", (event) => {
       event.preventDefault();

@@ -1,0 +1,184 @@
+"""Backend and Compiled: what a Program is lowered to, and how it is called."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Unpack
+
+import torch
+
+from fxgraft import generation
+from fxgraft.errors import InputError, StateError
+from fxgraft.generation import SamplingKeywords, StepModel
+from fxgraft.program import Program
+from fxgraft.report import Report
+from fxgraft.state import StepProgram, insert_state
+from fxgraft.stepping import RecomputeModel, check_steps
+
+
+class Outputs(OrderedDict[str, torch.Tensor]):
+    """Named outputs, readable by key, by attribute and by position."""
+
+    def __getattr__(self, name: str) -> torch.Tensor:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"no output {name!r}; there are: {', '.join(self)}") from None
+
+    def to_tuple(self) -> tuple[torch.Tensor, ...]:
+        """The outputs in order."""
+        return tuple(self.values())
+
+
+class Backend(ABC):
+    """Lowers Programs. A backend is the object ``BACKEND`` of ``fxgraft.backends.<name>``."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def lower(self, program: Program, **options: Any) -> Compiled:
+        """Make a Program runnable.
+
+        Raises:
+            LoweringError: the Program holds something this backend cannot run.
+            InputError: an option is unknown or wrong.
+        """
+
+    @abstractmethod
+    def available(self) -> str | None:
+        """None if the backend works on this machine, else what is missing."""
+
+
+class Compiled(ABC):
+    """A lowered Program: called like the original model, and able to generate.
+
+    Attributes:
+        program: what was lowered.
+        backend: name of the backend.
+        options: its options, as JSON values.
+    """
+
+    def __init__(self, program: Program, backend: str, options: Mapping[str, Any]) -> None:
+        self.program = program
+        self.backend = backend
+        self.options = dict(options)
+        self.state_problem: str | None = None
+
+    @abstractmethod
+    def run(self, values: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Run the whole-sequence graph on inputs in placeholder order."""
+
+    @abstractmethod
+    def lower_step(self, step: StepProgram) -> StepModel:
+        """Lower a step graph for generation."""
+
+    @abstractmethod
+    def describe(self) -> Report:
+        """Which kernel or library runs each kind of node, and why."""
+
+    def __call__(self, *args: torch.Tensor, **kwargs: torch.Tensor | None) -> Any:
+        """Run the model on whole sequences.
+
+        Takes the original model's inputs, by position or name. Returns what the original
+        returned: named outputs, a tuple, or one tensor.
+        """
+        results = self.run(self.program.bind(*args, **kwargs))
+        kind = self.program.origin.get("output", "mapping")
+        if kind == "tensor":
+            return results[0]
+        if kind == "tuple":
+            return tuple(results)
+        return Outputs(zip(self.program.outputs, results, strict=True))
+
+    @cached_property
+    def step_model(self) -> StepModel:
+        """The model step by step: with explicit state, or recomputing where that cannot be."""
+        try:
+            step = insert_state(self.program)
+            check_steps(self.program, step)
+        except StateError as error:
+            self.state_problem = error.problem
+            return RecomputeModel(self.program, self.run)
+        return self.lower_step(step)
+
+    def generate(
+        self,
+        input_ids: generation.TokenIds,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        pad_token_id: int | None = None,
+        tokenizer: Any = None,
+        on_token: generation.Callback | None = None,
+        return_dict: bool = False,
+        **options: Unpack[SamplingKeywords],
+    ) -> Any:
+        """Generate tokens; see :func:`fxgraft.generation.generate` for every argument.
+
+        Args:
+            input_ids: prompts, int64 [B, S] (left padded), or a list of token lists.
+            attention_mask: 0 at padding, [B, S].
+            pad_token_id: fills up ended rows.
+            tokenizer: needed for ``stop_strings``.
+            on_token: called with each step's new tokens, for streaming.
+            return_dict: return a ``GenerationOutput`` with lengths and finish reasons.
+            options: ``max_new_tokens``, ``do_sample``, ``temperature``, ``seed`` and the like.
+
+        Returns:
+            Prompts and answers, int64 [B, S + new].
+
+        Raises:
+            InputError: an empty or too long prompt, or options that make no sense.
+        """
+        return generation.generate(  # pyright: ignore[reportCallIssue]
+            self.step_model,
+            input_ids,
+            attention_mask,
+            pad_token_id=pad_token_id,
+            tokenizer=tokenizer,
+            on_token=on_token,
+            return_dict=return_dict,  # pyright: ignore[reportArgumentType]
+            **options,
+        )
+
+    def report(self) -> Report:
+        """Which kernel or library runs each kind of node, and why."""
+        return self.describe()
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the Program and the backend's name and options to a folder."""
+        from fxgraft.serialize import save
+
+        program = self.program.copy()
+        program.origin = {
+            **program.origin,
+            "backend": {"name": self.backend, "options": self.options},
+        }
+        return save(program, Path(folder))
+
+
+def backend_names() -> list[str]:
+    """Names of all backends."""
+    import fxgraft.backends
+
+    return sorted(m.name for m in pkgutil.iter_modules(fxgraft.backends.__path__) if m.ispkg)
+
+
+def find_backend(name: str) -> Backend:
+    """The backend of that name.
+
+    Raises:
+        InputError: there is none; lists them.
+    """
+    if name not in backend_names():
+        raise InputError(
+            f"argument 'backend': there is no backend {name!r}",
+            f"the backends are: auto, {', '.join(backend_names())}",
+        )
+    return importlib.import_module(f"fxgraft.backends.{name}").BACKEND
+

@@ -1,0 +1,148 @@
+"""Step models over Programs: with explicit state, or by recomputing the whole sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+import torch
+from torch import Tensor
+
+from fxgraft.errors import StateError
+from fxgraft.kernels.spec import dims
+from fxgraft.program import Program
+from fxgraft.state import StepProgram
+
+Run = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
+
+
+class ProgramFacts:
+    """What generation needs to know about a Program (see ``fxgraft.generation.StepModel``)."""
+
+    def __init__(self, program: Program) -> None:
+        generation = program.origin.get("generation") or {}
+        eos = generation.get("eos_token_id")
+        self.context_length: int | None = program.origin.get("context_length")
+        self.eos_token_ids = tuple(eos) if isinstance(eos, list) else (eos,) if eos is not None else ()
+        self.pad_token_id: int | None = generation.get("pad_token_id")
+        self.vocab_size = program.input("input_ids").high or int(dims(program.output_nodes["logits"])[-1])  # pyright: ignore[reportArgumentType]
+        self.takes_positions = any(spec.name == "position_ids" for spec in program.inputs)
+
+
+class StateModel(ProgramFacts):
+    """A step graph and something that runs it.
+
+    Args:
+        step: the step graph.
+        run: takes the graph's inputs in order and returns its outputs in order.
+    """
+
+    def __init__(self, step: StepProgram, run: Run) -> None:
+        super().__init__(step.program)
+        self.step_program = step
+        self.run = run
+        self._names = [spec.name for spec in step.own_inputs]
+        self._batch_dims = [state.shape.index("batch") for state in step.states]
+
+    def empty_state(self, batch: int) -> list[Tensor]:
+        """State before the first token."""
+        return self.step_program.empty_state(batch)
+
+    @torch.no_grad()
+    def step(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, state: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Take new tokens in; see ``StepModel.step``."""
+        given = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+        }
+        results = self.run([*(given[name] for name in self._names), *state])
+        return results[0][:, -1], list(results[1:])
+
+    def select(self, state: list[Tensor], rows: Tensor) -> list[Tensor]:
+        """State of only these rows."""
+        return [
+            tensor.index_select(dim, rows)
+            for tensor, dim in zip(state, self._batch_dims, strict=True)
+        ]
+
+
+class RecomputeModel(ProgramFacts):
+    """Runs the whole sequence again for every token: slow, and right for any causal model."""
+
+    def __init__(self, program: Program, run: Run) -> None:
+        super().__init__(program)
+        self._run = run
+        self._names = [spec.name for spec in program.inputs]
+
+    def empty_state(self, batch: int) -> tuple[Tensor, Tensor]:
+        """No tokens and no positions yet."""
+        empty = torch.empty(batch, 0, dtype=torch.int64)
+        return empty, empty
+
+    @torch.no_grad()
+    def step(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        state: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Take new tokens in; see ``StepModel.step``."""
+        tokens = torch.cat([state[0].to(input_ids.device), input_ids], 1)
+        positions = torch.cat([state[1].to(input_ids.device), position_ids], 1)
+        given = {
+            "input_ids": tokens,
+            "attention_mask": attention_mask,
+            "position_ids": positions,
+        }
+        logits = self._run([given[name] for name in self._names])[0]
+        return logits[:, -1], (tokens, positions)
+
+    def select(self, state: tuple[Tensor, Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:
+        """State of only these rows."""
+        return state[0][rows], state[1][rows]
+
+
+def check_steps(program: Program, step: StepProgram) -> None:
+    """Compare prefill, a chunk and single steps with the whole sequence, left padding included.
+
+    Programs without weight values are not checked.
+
+    Raises:
+        StateError: some step's logits differ; says which and by how much.
+    """
+    if program.device.type == "meta":
+        return
+    length, cuts = 12, (6, 9, 10, 11, 12)
+    values = program.example(seed=7, batch=2, sequence=length)
+    mask = torch.ones(2, length, dtype=torch.int64, device=program.device)
+    if "attention_mask" in values:
+        mask[0, :2] = 0
+        values["attention_mask"] = mask
+    if "position_ids" in values:
+        values["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        whole = program.graph_module(*[values[spec.name] for spec in program.inputs])
+    logits = whole[program.outputs.index("logits")]
+    model = StateModel(step, lambda inputs: step.program.graph_module(*inputs))
+    state, start = model.empty_state(2), 0
+    for end in cuts:
+        positions = values.get("position_ids", mask)[:, start:end]
+        got, state = model.step(values["input_ids"][:, start:end], mask[:, :end], positions, state)
+        _compare(got, logits[:, end - 1], start, end)
+        start = end
+
+
+def _compare(got: Tensor, wanted: Tensor, start: int, end: int) -> None:
+    scale = wanted.double().abs().max().clamp(min=1e-6)
+    error = float((got.double() - wanted.double()).abs().max() / scale)
+    if not error <= _TOLERANCE.get(wanted.dtype, 1e-4):
+        raise StateError(
+            f"with explicit state, the step over tokens {start} to {end - 1} gives logits that "
+            f"differ from the whole sequence by {error:.1e} (relative)",
+            "the model mixes tokens in a way that no state carries over; generation recomputes "
+            "the whole sequence instead",
+        )
+
