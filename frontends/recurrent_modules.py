@@ -121,15 +121,12 @@ def _zaya(projection: Any) -> list[Replacement]:
         groups, dim = projection.num_key_value_groups, projection.head_dim
         mean = (query.unflatten(-1, (-1, groups, dim)) + key.unflatten(-1, (-1, 1, dim))) / 2
         residual = torch.cat([mean.flatten(2), mean.mean(3).flatten(2)], -1)
-        query_and_key = (mixed + residual).unflatten(-1, (-1, dim))
+        by_head = (*hidden_states.shape[:2], -1, dim)
+        query_and_key = (mixed + residual).reshape(by_head)
         delayed = projection.v_proj_delayed(_previous_token(hidden_states))
-        value = torch.cat([projection.v_proj_current(hidden_states), delayed], -1)
+        value = torch.cat([projection.v_proj_current(hidden_states), delayed], -1).view(by_head)
         heads = projection.num_attention_heads
-        return (
-            query_and_key[:, :, :heads],
-            query_and_key[:, :, heads:],
-            value.unflatten(-1, (-1, dim)),
-        )
+        return query_and_key[:, :, :heads], query_and_key[:, :, heads:], value
 
     return [(projection, "forward", forward)]
 

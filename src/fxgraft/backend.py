@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Unpack
 import torch
 
 from fxgraft import generation
-from fxgraft.errors import InputError, StateError
+from fxgraft.errors import InputError, LoweringError, StateError
 from fxgraft.generation import SamplingKeywords, StepModel
 from fxgraft.program import Program
 from fxgraft.report import Report
@@ -45,6 +45,10 @@ class Backend(ABC):
     def lower(self, program: Program, **options: Any) -> Compiled:
         """Make a Program runnable.
 
+        Args:
+            program: what to run; it is not changed.
+            options: of this backend.
+
         Raises:
             LoweringError: the Program holds something this backend cannot run.
             InputError: an option is unknown or wrong.
@@ -54,6 +58,16 @@ class Backend(ABC):
     def available(self) -> str | None:
         """None if the backend works on this machine, else what is missing."""
 
+    def export(self, program: Program, folder: Path, **options: Any) -> Path:
+        """Write a Program as files for other tools.
+
+        Raises:
+            LoweringError: the Program cannot be exported, or this backend writes no files.
+        """
+        raise LoweringError(
+            f"backend {self.name!r} writes no files", "export with the backend 'onnx'"
+        )
+
 
 class Compiled(ABC):
     """A lowered Program: called like the original model, and able to generate.
@@ -62,6 +76,8 @@ class Compiled(ABC):
         program: what was lowered.
         backend: name of the backend.
         options: its options, as JSON values.
+        state_problem: why generation keeps no state, None if it does or was not asked yet.
+        trials: what ``backend="auto"`` tried before it chose this one.
     """
 
     def __init__(self, program: Program, backend: str, options: Mapping[str, Any]) -> None:
@@ -69,6 +85,7 @@ class Compiled(ABC):
         self.backend = backend
         self.options = dict(options)
         self.state_problem: str | None = None
+        self.trials: list[Any] = []
 
     @abstractmethod
     def run(self, values: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:

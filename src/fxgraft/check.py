@@ -179,7 +179,7 @@ def require(before: Program, after: Program, limit: float, claim: str, remedy: s
     )
 
 
-def require_finite(program: Program, before: Program, owner: str) -> None:
+def require_no_nan(program: Program, before: Program, owner: str) -> None:
     """Run a Program and check that its floating-point outputs hold no NaN.
 
     Args:

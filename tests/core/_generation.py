@@ -66,7 +66,9 @@ def tiny_llama() -> nn.Module:
     return models.llama(
         vocab_size=len(byte_level_tokenizer()) + 5,
         max_position_embeddings=CONTEXT_LENGTH,
-        initializer_range=0.2,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
     )
 
 

@@ -636,8 +636,6 @@ def run_in_child(work: Callable[[], object]) -> int:
             code = 0
         except SerializationError:
             code = 3
-        except BaseException:
-            import traceback; traceback.print_exc()
         finally:
             os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
@@ -651,6 +649,8 @@ def kill_at(event: int, work: Callable[[], object]) -> Callable[[], object]:
 
         def hook(name: str, args: object) -> None:
             nonlocal count
+            if name == "os.kill":
+                return
             if name == "open" or name.startswith(("os.", "shutil.", "ctypes.")):
                 count += 1
                 if count > event:
