@@ -53,4 +53,6 @@ def _difference(file: Path, expected: str, found: str) -> str:
         expected.splitlines(), found.splitlines(), str(file), "this test's result", lineterm=""
     )
     advice = "If the change is meant, run this test with --accept-golden and commit the file."
-    return "\n".join([f"{file.name} differs:" if expected else f"{file.name} is new:", *lines, advice])
+    return "\n".join(
+        [f"{file.name} differs:" if expected else f"{file.name} is new:", *lines, advice]
+    )

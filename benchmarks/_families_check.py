@@ -13,22 +13,25 @@ import dataclasses
 import inspect
 import json
 import multiprocessing
+import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, redirect_stdout
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
 from families import FIRST_MEDIA_TOKEN, FIRST_TEXT_TOKEN, Unsupported, family_names, tiny_model
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers import PreTrainedModel, masking_utils, modeling_utils
+
+# transformers leaves parts of these signatures without types.
+attention_registry = cast(Any, modeling_utils.ALL_ATTENTION_FUNCTIONS)
+mask_registry = cast(Any, masking_utils.ALL_MASK_ATTENTION_FUNCTIONS)
 
 NEW_TOKENS = 16
 LEFT_PADDING = 3
@@ -51,6 +54,8 @@ class Row:
     accepts_position_ids: bool | None = None
     causal: bool | None = None
     """A later token leaves the logits of earlier positions alone."""
+    prefix_stable: bool | None = None
+    """The logits of a prefix do not depend on how long the whole text is."""
     deterministic: bool | None = None
     ignores_padding_mask: bool | None = None
     """Tokens at masked positions change the logits of real positions."""
@@ -79,7 +84,8 @@ def check(name: str) -> Row:
         row.error = f"unsupported: {error.reason}"
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
-        row.error = f"{type(error).__name__} at {Path(where.filename).name}:{where.lineno}: {str(error).strip()[:300]}"
+        place = f"{Path(where.filename).name}:{where.lineno}"
+        row.error = f"{type(error).__name__} at {place}: {str(error).strip()[:300]}"
     row.seconds = round(time.monotonic() - started, 2)
     return row
 
@@ -88,10 +94,11 @@ def _fill(row: Row) -> None:
     model = tiny_model(row.name)
     row.build, row.model = True, type(model).__name__
     row.parameters = sum(parameter.numel() for parameter in model.parameters())
-    row.attention = str(model.config._attn_implementation)
+    row.attention = str(getattr(model.config, "_attn_implementation"))  # noqa: B009 - protected
     row.accepts_position_ids = "position_ids" in inspect.signature(model.forward).parameters
     row.forward = all(_is_finite(model, *shape) for shape in ((2, 12), (3, 21)))
-    row.causal, row.deterministic = _is_causal(model), _is_deterministic(model)
+    row.causal, row.prefix_stable = _is_causal(model), _is_prefix_stable(model)
+    row.deterministic = _is_deterministic(model)
     row.ignores_padding_mask = _ignores_padding_mask(model)
     _generation(row, model)
     _registry(row, model)
@@ -100,7 +107,7 @@ def _fill(row: Row) -> None:
 def _generation(row: Row, model: PreTrainedModel) -> None:
     tokens, mask = _padded_prompts()
     padded = _continue(model, tokens, mask, use_cache=True)
-    row.generate, row.distinct_tokens = True, len(set(padded.flatten().tolist()))
+    row.generate, row.distinct_tokens = True, len({int(token) for token in padded.flatten()})
     row.cache_matches_padded = torch.equal(padded, _continue(model, tokens, mask, use_cache=False))
     prompts = _prompts(2, 12)
     plain = _continue(model, prompts, torch.ones_like(prompts), use_cache=True)
@@ -164,6 +171,12 @@ def _is_causal(model: PreTrainedModel) -> bool:
     return _close(_logits(model, tokens)[:, :-1], _logits(model, changed)[:, :-1])
 
 
+def _is_prefix_stable(model: PreTrainedModel) -> bool:
+    tokens = _prompts(2, 21)
+    whole = _logits(model, tokens)
+    return all(_close(_logits(model, tokens[:, :n]), whole[:, :n]) for n in (5, 12, 20))
+
+
 def _is_deterministic(model: PreTrainedModel) -> bool:
     tokens = _prompts(2, 21)
     return torch.equal(_logits(model, tokens), _logits(model, tokens))
@@ -185,6 +198,7 @@ def _registry(row: Row, model: PreTrainedModel) -> None:
     """Put a counting attention into the registry and see which attention modules reach it."""
     asked: set[nn.Module] = set()
     reached: set[nn.Module] = set()
+    real_attention = attention_registry["sdpa"]
     with _running_attention(model) as (running, ran):
 
         def probe(
@@ -198,20 +212,18 @@ def _registry(row: Row, model: PreTrainedModel) -> None:
         ) -> tuple[Tensor, None]:
             asked.add(module)
             reached.update(running)
-            return sdpa_attention_forward(
-                module, query, key, value, attention_mask, scaling=scaling
-            )
+            return real_attention(module, query, key, value, attention_mask, scaling=scaling)
 
-        AttentionInterface.register(PROBE, probe)
-        AttentionMaskInterface.register(PROBE, sdpa_mask)
-        model.set_attn_implementation(PROBE)
+        attention_registry.register(PROBE, probe)
+        mask_registry.register(PROBE, mask_registry["sdpa"])
+        cast(Any, model).set_attn_implementation(PROBE)
         _logits(model, _prompts(2, 12))
     row.registry_modules = len(asked)
     row.bypassing = sorted({type(module).__name__ for module in ran - reached})
 
 
 @contextmanager
-def _running_attention(model: PreTrainedModel) -> Iterator[tuple[list[nn.Module], set[nn.Module]]]:
+def _running_attention(model: PreTrainedModel) -> Generator[tuple[list[nn.Module], set[nn.Module]]]:
     """The attention modules whose forward is on the stack now, and all that ran."""
     running: list[nn.Module] = []
     ran: set[nn.Module] = set()
@@ -257,7 +269,9 @@ def _in_child(name: str, limit: float) -> Row:
 
 def _send_row(name: str, sender: Connection) -> None:
     torch.set_num_threads(1)
-    sender.send(check(name))
+    with redirect_stdout(sys.stderr):
+        row = check(name)
+    sender.send(row)
 
 
 def _receive(receiver: Connection, name: str, limit: float) -> Row:
@@ -276,6 +290,7 @@ COLUMNS = {
     "distinct_tokens": "distinct",
     "accepts_position_ids": "pos_ids",
     "causal": "causal",
+    "prefix_stable": "prefix",
     "ignores_padding_mask": "ign_mask",
     "padding_invariant": "pad_inv",
     "cache_matches": "cache",

@@ -44,8 +44,10 @@ def emit_recurrent_ops(model: nn.Module) -> Generator[None]:
                     hook = _in_this_thread(hook, function)
                     stack.enter_context(_replaced(vars(module), name, hook))
         for submodule in model.modules():
-            for owner, name, function in replacements(submodule):
-                stack.enter_context(_replaced(vars(owner), name, function))
+            for part in replacements(submodule):
+                stack.enter_context(
+                    _replaced(vars(part.owner), part.name, part.function, part.afterwards)
+                )
         yield
 
 
@@ -82,8 +84,10 @@ def _in_this_thread(hook: Callable[..., Any], original: Callable[..., Any]) -> C
 
 
 @contextmanager
-def _replaced(attributes: MutableMapping[str, Any], name: str, value: object) -> Generator[None]:
-    previous = attributes.get(name, _MISSING)
+def _replaced(
+    attributes: MutableMapping[str, Any], name: str, value: object, afterwards: object = None
+) -> Generator[None]:
+    previous = attributes.get(name, _MISSING) if afterwards is None else afterwards
     attributes[name] = value
     try:
         yield

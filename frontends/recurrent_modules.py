@@ -8,14 +8,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-Replacement = tuple[nn.Module, str, Callable[..., Any]]
-"""A submodule, the name of one of its methods, and the function to use for it."""
+
+@dataclass(frozen=True)
+class Replacement:
+    """A function in place of a method of one submodule.
+
+    Attributes:
+        owner: the submodule.
+        name: the method.
+        function: what stands in for it during capture.
+        afterwards: what stands in for it from then on; the method itself if not given.
+    """
+
+    owner: nn.Module
+    name: str
+    function: Callable[..., Any]
+    afterwards: Callable[..., Any] | None = None
 
 
 def replacements(module: nn.Module) -> list[Replacement]:
@@ -28,13 +43,26 @@ def replacements(module: nn.Module) -> list[Replacement]:
 
 
 def _rwkv_model(model: Any) -> list[Replacement]:
-    # On its first call in eval mode the model divides weights by powers of two and multiplies the
-    # hidden states to match, against overflow in float16. Capture leaves the weights as they are.
-    return [(model, "_rescale_layers", lambda: None)]
+    """Capture the weights as they are, and let the model change only copies of them later.
+
+    On its first call in eval mode the model divides weights by powers of two, in place, and its
+    hidden states to match, against overflow in float16. The captured graph shares the weights.
+    """
+
+    def rescale_copies() -> None:
+        delattr(model, "_rescale_layers")  # this function itself, which hides the method
+        for block in model.blocks:
+            for linear in (block.attention.output, block.feed_forward.value):
+                linear.weight = nn.Parameter(
+                    linear.weight.detach().clone(), linear.weight.requires_grad
+                )
+        model._rescale_layers()
+
+    return [Replacement(model, "_rescale_layers", lambda: None, afterwards=rescale_copies)]
 
 
 def _rwkv_block(block: Any) -> list[Replacement]:
-    return [(block.time_shift, "forward", _previous_token)]
+    return [Replacement(block.time_shift, "forward", _previous_token)]
 
 
 def _previous_token(hidden: torch.Tensor) -> torch.Tensor:
@@ -58,7 +86,10 @@ def _recurrent_gemma(block: Any) -> list[Replacement]:
         decay = recurrent_gate * ~reset
         return torch.ops.fxgraft.linear_recurrence(hidden_states, decay)[0], None
 
-    return [(convolution, "forward", convolve), (block.rg_lru, "_rnn_scan", scan)]
+    return [
+        Replacement(convolution, "forward", convolve),
+        Replacement(block.rg_lru, "_rnn_scan", scan),
+    ]
 
 
 def _xlstm(backend: Any) -> list[Replacement]:
@@ -81,7 +112,7 @@ def _xlstm(backend: Any) -> list[Replacement]:
         )  # fmt: skip
         return output.transpose(1, 2), (memory, normalizer, stabilizer.unsqueeze(-1))
 
-    return [(backend, "forward", forward)]
+    return [Replacement(backend, "forward", forward)]
 
 
 def _minimax(attention: Any) -> list[Replacement]:
@@ -105,7 +136,7 @@ def _minimax(attention: Any) -> list[Replacement]:
         output = torch.sigmoid(attention.output_gate(hidden_states)) * output
         return attention.out_proj(output), None
 
-    return [(attention, "forward", forward)]
+    return [Replacement(attention, "forward", forward)]
 
 
 def _zaya(projection: Any) -> list[Replacement]:
@@ -128,7 +159,7 @@ def _zaya(projection: Any) -> list[Replacement]:
         heads = projection.num_attention_heads
         return query_and_key[:, :, :heads], query_and_key[:, :, heads:], value
 
-    return [(projection, "forward", forward)]
+    return [Replacement(projection, "forward", forward)]
 
 
 def _zaya_convolutions(projection: Any, mixed: torch.Tensor) -> torch.Tensor:
@@ -164,7 +195,7 @@ def _inkling2(convolution: Any) -> list[Replacement]:
         output = (windows * (static + dynamic)).sum(-1).flatten(2)
         return ((output + residual) / math.sqrt(2 * width + 1)).to(hidden_states.dtype)
 
-    return [(convolution, "forward", forward)]
+    return [Replacement(convolution, "forward", forward)]
 
 
 _RULES: dict[str, Callable[[Any], list[Replacement]]] = {

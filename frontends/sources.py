@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import json
 from collections.abc import Callable, Iterator
@@ -112,10 +113,11 @@ def _load_gguf(file: Path, name: str | Path) -> Loaded:
     try:
         import gguf
 
-        _check_gguf_length(gguf.GGUFReader(str(file)), file)
-        model = cast(Any, AutoModelForCausalLM).from_pretrained(
-            file.parent, gguf_file=file.name, dtype=torch.float32
-        )
+        with _gguf_read_once(gguf):
+            _check_gguf_length(cast(Any, gguf).GGUFReader(str(file)), file)
+            model = cast(Any, AutoModelForCausalLM).from_pretrained(
+                file.parent, gguf_file=file.name, dtype=torch.float32
+            )
     except ImportError as error:
         raise InputError(
             "reading GGUF needs the packages gguf and accelerate",
@@ -129,6 +131,18 @@ def _load_gguf(file: Path, name: str | Path) -> Loaded:
             "download the file again and compare its size",
         ) from error
     return Loaded(model, _keep, str(name))
+
+
+@contextlib.contextmanager
+def _gguf_read_once(gguf: Any) -> Iterator[None]:
+    """Let transformers parse the file and build its table of names once instead of many times."""
+    reader, name_map = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader = functools.cache(lambda path, mode="r": reader(path, mode))
+    gguf.get_tensor_name_map = functools.cache(name_map)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = reader, name_map
 
 
 def _check_gguf_length(reader: Any, file: Path) -> None:

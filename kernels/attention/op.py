@@ -83,26 +83,44 @@ def _attention(
 ) -> Tensor:
     """Use the library's fused attention where it computes exactly this, else the reference."""
     _check(query, key, value)
-    length, total = query.shape[2], key.shape[2]
     check_rules(is_causal, window, chunk)
-    check_lengths(length, total, is_causal, chunk)
-    if softcap > 0 or sinks is not None or not _mixes(bias, query):
-        return reference.attention(
-            query,
-            key,
-            value,
-            key_mask,
-            bias,
-            sinks,
-            scale=scale,
-            is_causal=is_causal,
-            window=window,
-            chunk=chunk,
-            softcap=softcap,
+    check_lengths(query.shape[2], key.shape[2], is_causal, chunk)
+    if softcap == 0 and sinks is None and _mixes(bias, query):
+        return _library_attention(
+            query, key, value, key_mask, bias, scale, is_causal, window, chunk
         )
+    return reference.attention(
+        query,
+        key,
+        value,
+        key_mask,
+        bias,
+        sinks,
+        scale=scale,
+        is_causal=is_causal,
+        window=window,
+        chunk=chunk,
+        softcap=softcap,
+    )
+
+
+def _library_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    is_causal: bool,
+    window: int | None,
+    chunk: int | None,
+) -> Tensor:
+    """Drop the rules that hide nothing here, and build a mask from those that are left."""
+    length, total = query.shape[2], key.shape[2]
     if key_mask is not None and key_mask.device.type == "cpu" and bool(key_mask.all()):
         key_mask = None
-    window = window if window is not None and window < total else None
+    if window is not None and window >= total:
+        window = None
     if chunk is not None and is_causal and chunk >= total:
         chunk = None
     is_causal = is_causal and length > 1
@@ -140,16 +158,28 @@ def _merge(bias: Tensor | None, visible: Tensor | None) -> Tensor | None:
 def _masked_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
 ) -> Tensor:
-    batch, heads, length, _ = query.shape
-    if mask is not None and length > 1:
-        output = scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, scale=scale, enable_gqa=True
-        )
-        return output.contiguous()
-    # As rows of one kv head, the query heads of a group read its keys once, not once each.
-    rows = query.reshape(batch, key.shape[1], -1, query.shape[3])
+    if query.device.type == "cpu" and (mask is None or query.shape[2] == 1):
+        return _folded_attention(query, key, value, mask, scale)
+    output = scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=scale, enable_gqa=True
+    )
+    return output.contiguous()
+
+
+def _folded_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+) -> Tensor:
+    """Attend with a group's query heads as rows of its kv head, for a mask with one row or none.
+
+    The CPU then reads a cache once instead of once for each query head: 14 times faster for a
+    bfloat16 step over 2,048 keys with groups of 4. An H100 is up to 9 times slower so.
+    """
+    batch, heads, length, head_dim = query.shape
+    kv_heads = key.shape[1]
+    groups = heads // kv_heads
+    rows = query.reshape(batch, kv_heads, groups * length, head_dim)
     if mask is not None and mask.dim() == 4 and mask.shape[1] > 1:
-        mask = mask.reshape(mask.shape[0], key.shape[1], -1, mask.shape[3])
+        mask = mask.reshape(mask.shape[0], kv_heads, groups, mask.shape[3])
     output = scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scale)
     return output.reshape(batch, heads, length, value.shape[3]).contiguous()
 

@@ -24,7 +24,7 @@ def attention(
 ) -> Tensor:
     """Attend, with every tensor of scores in at least float32.
 
-    Arguments, result and errors are those of ``fxgraft.kernels.attention.op``.
+    Arguments and result are those of ``fxgraft.kernels.attention.op``, which also checks them.
     """
     compute = torch.promote_types(query.dtype, torch.float32)
     batch, heads, length, _ = query.shape
@@ -66,10 +66,9 @@ def _masked_softmax(scores: Tensor, visible: Tensor | None, sinks: Tensor | None
     """Softmax over visible keys [B, H, S, T]; rows that see none, and their gradients, are 0."""
     if visible is not None:
         scores = scores.masked_fill(~visible, -torch.inf)
-        # A row of nothing but -inf would be NaN, in the gradient too.
-        scores = scores.masked_fill(~visible.any(-1, keepdim=True), 0.0)
     if sinks is None:
         weights = torch.softmax(scores, -1)
     else:
         weights = torch.softmax(torch.cat((scores, sinks), -1), -1)[..., :-1]
+    # A row of nothing but -inf is NaN here; its gradient is stopped by the fill above.
     return weights if visible is None else weights.masked_fill(~visible, 0.0)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
-    """Rotate; arguments, result and errors are those of ``fxgraft.kernels.rotary.op``."""
+    """Rotate; arguments and result are those of ``fxgraft.kernels.rotary.op``."""
     width = cos.shape[-1]
     turned, rest = x[..., :width], x[..., width:]
     quarter_turn = _turn_pairs(turned) if interleaved else _turn_halves(turned)

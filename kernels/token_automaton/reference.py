@@ -17,7 +17,7 @@ def token_automaton(
     *,
     initial: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Run; arguments, results and errors are those of ``fxgraft.kernels.token_automaton.op``.
+    """Run; arguments and results are those of ``fxgraft.kernels.token_automaton.op``.
 
     A token is a function from state to state. Their running compositions come from a parallel
     scan (Hillis and Steele, 1986, "Data parallel algorithms"), so there is no loop over tokens.

@@ -9,14 +9,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from torch.fx import Graph, Node
 
 from fxgraft import graph as graphs
 from fxgraft.kernels.gated_activation.op import SPEC
 from fxgraft.kernels.spec import argument
-from fxgraft.passes.optimize import effects
+from fxgraft.passes.optimize import effects, layouts
 from fxgraft.passes.optimize.matching import (
     aten,
     calls,
@@ -55,7 +55,7 @@ def rewrite(program: Program) -> int:
     plain = _fuse_silu(graph, written) + _fuse_gelu(graph, written)
     count = plain + _fuse_gates(graph, written)
     if count:
-        graph.eliminate_dead_code()
+        effects.drop_unread(graph)
     return count
 
 
@@ -66,7 +66,7 @@ def _fuse_silu(graph: Graph, written: frozenset[Node]) -> int:
         if user is None or not effects.untouched(sigmoid, written):
             continue
         if any(a is sigmoid and b is x for a, b in products(user)):
-            user.replace_all_uses_with(graphs.insert(user, aten.silu.default, (x,)))
+            layouts.replace(user, graphs.insert(user, aten.silu.default, (x,)))
             count += 1
     return count
 
@@ -74,21 +74,28 @@ def _fuse_silu(graph: Graph, written: frozenset[Node]) -> int:
 def _fuse_gelu(graph: Graph, written: frozenset[Node]) -> int:
     count = 0
     for tanh in calls(graph, aten.tanh.default):
-        result = _gelu_result(tanh)
-        if result is None or not effects.untouched(tanh, written):
-            continue
-        x = _variable(tanh)
-        assert x is not None
-        fused = graphs.insert(result, aten.gelu.default, (x,), {"approximate": "tanh"})
-        result.replace_all_uses_with(fused)
-        count += 1
+        for x in _variables(tanh):
+            result = _gelu_result(tanh, x)
+            if result is not None and x not in written and effects.untouched(tanh, written):
+                fused = graphs.insert(result, aten.gelu.default, (x,), {"approximate": "tanh"})
+                layouts.replace(result, fused)
+                count += 1
     return count
 
 
-def _gelu_result(tanh: Node) -> Node | None:
-    """The product at the end of a GELU around this tanh."""
-    x, inner = _variable(tanh), source(tanh)
-    if x is None or not _is_close(_polynomial(inner, x), _INNER):
+def _variables(node: Node) -> Iterator[Node]:
+    """What the arithmetic in front of a node may be a function of, nearest first."""
+    found = source(node)
+    arithmetic = (aten.mul.Tensor, aten.mul.Scalar, aten.add.Tensor, aten.add.Scalar)
+    while is_call(found, *arithmetic, aten.pow.Tensor_Scalar):
+        found = next((a for a in found.args if isinstance(a, Node)), None)
+        if found is not None:
+            yield found
+
+
+def _gelu_result(tanh: Node, x: Node) -> Node | None:
+    """The product at the end of a GELU of x around this tanh."""
+    if not _is_close(_polynomial(source(tanh), x), _INNER):
         return None
     shifted = single_user(tanh)
     if shifted is None or not any(a is tanh and number(b) == 1 for a, b in sums(shifted)):
@@ -98,19 +105,10 @@ def _gelu_result(tanh: Node) -> Node | None:
         user = single_user(result)
         others = [b for a, b in products(user) if a is result]
         factor = _polynomial(others[0], x) if others else None
-        if user is None or factor is None or max(scale) >= 1 < max(factor) + max(scale):
+        if user is None or factor is None or max(scale) + max(factor) > 1:
             return None
         result, scale = user, _multiply(scale, factor)
     return result
-
-
-def _variable(node: Node) -> Node | None:
-    """What the arithmetic in front of a node is a function of: its first input that is none."""
-    found = source(node)
-    arithmetic = (aten.mul.Tensor, aten.mul.Scalar, aten.add.Tensor, aten.add.Scalar)
-    while is_call(found, *arithmetic, aten.pow.Tensor_Scalar):
-        found = next((a for a in found.args if isinstance(a, Node)), None)
-    return found
 
 
 def _polynomial(node: object, x: Node) -> Polynomial | None:
@@ -161,7 +159,7 @@ def _fuse_gates(graph: Graph, written: frozenset[Node]) -> int:
         if not effects.untouched(activation, written) or not effects.untouched(user, written):
             continue
         keywords = {"activation": _name(activation)}
-        user.replace_all_uses_with(graphs.insert(user, SPEC.overload, (gate, up), keywords))
+        layouts.replace(user, graphs.insert(user, SPEC.overload, (gate, up), keywords))
         count += 1
     return count
 

@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
 _ALIASING = frozenset({
@@ -33,7 +34,7 @@ class _Effects:
 
 @cache
 def _effects(target: Any) -> _Effects:
-    if not isinstance(target, torch._ops.OpOverload):
+    if not isinstance(target, OpOverload):
         module = getattr(target, "__module__", "")
         is_arithmetic = module in ("_operator", "math") or target in (
             torch.sym_max, torch.sym_min, torch.sym_int, torch.sym_float, torch.sym_not,
@@ -58,26 +59,38 @@ def is_view(node: Node) -> bool:
     return node.op == "call_function" and _effects(node.target).aliases
 
 
+def writes(target: Any) -> tuple[str, ...]:
+    """Names of the arguments that an operator writes to."""
+    return _effects(target).writes
+
+
+def owners(graph: Graph) -> dict[Node, Node]:
+    """For each node the first one that has the same memory."""
+    found: dict[Node, Node] = {}
+    for node in graph.nodes:
+        shares = is_view(node) or bool(_writes(node))
+        found[node] = found[node.all_input_nodes[0]] if shares and node.all_input_nodes else node
+    return found
+
+
 def written(graph: Graph) -> frozenset[Node]:
     """Nodes whose memory some in-place operator writes to, directly or through a view."""
     writers = [node for node in graph.nodes if _writes(node)]
     if not writers:
         return frozenset()
-    owner: dict[Node, Node] = {}
-    for node in graph.nodes:
-        shares = is_view(node) or bool(_writes(node))
-        owner[node] = owner[node.all_input_nodes[0]] if shares and node.all_input_nodes else node
-    hit = {owner[target] for node in writers for target in _targets(node)}
-    return frozenset(node for node, first in owner.items() if first in hit)
+    memory = owners(graph)
+    hit = {memory[target] for node in writers for target in _targets(node)}
+    return frozenset(node for node, owner in memory.items() if owner in hit)
 
 
 def _writes(node: Node) -> tuple[str, ...]:
-    return _effects(node.target).writes if node.op == "call_function" else ()
+    return writes(node.target) if node.op == "call_function" else ()
 
 
 def _targets(node: Node) -> list[Node]:
-    assert isinstance(node.target, torch._ops.OpOverload)
-    names = [argument.name for argument in node.target._schema.arguments]
+    assert isinstance(node.target, OpOverload)
+    schema = node.target._schema  # pyright: ignore[reportPrivateUsage]
+    names = [argument.name for argument in schema.arguments]
     values = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     found = [values.get(name) for name in _writes(node)]
     found += [item for value in found if isinstance(value, (list, tuple)) for item in value]
@@ -89,3 +102,10 @@ def untouched(node: Node, written_nodes: frozenset[Node]) -> bool:
     if not written_nodes:
         return True
     return node not in written_nodes and written_nodes.isdisjoint(node.all_input_nodes)
+
+
+def drop_unread(graph: Graph) -> None:
+    """Erase what nobody reads, so that what is left of matched patterns hides no other one."""
+    for node in reversed(list(graph.nodes)):
+        if not node.users and (node.op == "get_attr" or is_pure(node)):
+            graph.erase_node(node)

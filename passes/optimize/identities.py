@@ -21,7 +21,7 @@ from torch._prims_common import is_contiguous_or_false
 from torch.fx import Node
 
 from fxgraft.kernels.spec import argument, expr
-from fxgraft.passes.optimize import effects
+from fxgraft.passes.optimize import effects, layouts
 from fxgraft.passes.optimize.matching import (
     aten,
     dtype_of,
@@ -38,6 +38,10 @@ from fxgraft.program import Program
 _DROPOUTS = frozenset({
     aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default,
     aten.feature_alpha_dropout.default, aten.dropout_.default,
+})  # fmt: skip
+_ALIASES = frozenset({
+    aten.alias.default, aten.detach.default, aten.lift_fresh.default,
+    aten.lift_fresh_copy.default,
 })  # fmt: skip
 _CASTS = frozenset({
     aten.to.device, aten.to.other, aten.to.dtype_layout, aten.type_as.default,
@@ -79,7 +83,7 @@ def rewrite(program: Program) -> int:
         count += _normalise(node)
         same = rule(node)
         if same is not None:
-            node.replace_all_uses_with(same)
+            layouts.replace(node, same)
             graph.erase_node(node)
             count += 1
     return count
@@ -100,11 +104,7 @@ def _normalise(node: Node) -> int:
 
 
 def _keeps_layout(node: Node, before: Node) -> bool:
-    return _strides(node) == _strides(before)
-
-
-def _strides(node: Node) -> tuple[object, ...]:
-    return tuple(expr(stride) for stride in value_of(node).stride())
+    return layouts.strides(value_of(node)) == layouts.strides(value_of(before))
 
 
 def _cast(node: Node) -> Node | None:
@@ -132,7 +132,7 @@ def _layout(node: Node) -> Node | None:
     before = source(node)
     if before is None:
         return None
-    if is_contiguous_or_false(value_of(before)) and _keeps_layout(node, before):
+    if is_contiguous_or_false(layouts.true_value(before)) and _keeps_layout(node, before):
         return before
     # Reshape copies where it has to, so a copy made for it alone is one too many.
     return before if all(is_call(user, aten.reshape.default) for user in node.users) else None
@@ -198,7 +198,7 @@ def _is_empty(piece: Node, dim: int, axes: int) -> bool:
 _RULES: dict[Any, Callable[[Node], Node | None]] = {
     **dict.fromkeys(_CASTS | {aten.to.dtype}, _cast),
     **dict.fromkeys(_DROPOUTS, _dropout),
-    **dict.fromkeys((aten.alias.default, aten.detach.default, aten.lift_fresh.default), _always),
+    **dict.fromkeys(_ALIASES, _always),
     **dict.fromkeys(_RESHAPES, _reshape),
     **dict.fromkeys((aten.contiguous.default, aten.clone.default), _layout),
     **dict.fromkeys(_PERMUTES, _permute),

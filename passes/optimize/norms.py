@@ -21,7 +21,7 @@ from torch.fx import Node
 from fxgraft import graph as graphs
 from fxgraft.kernels.rms_norm.op import SPEC
 from fxgraft.kernels.spec import argument
-from fxgraft.passes.optimize import effects
+from fxgraft.passes.optimize import effects, layouts
 from fxgraft.passes.optimize.matching import (
     aten,
     calls,
@@ -74,11 +74,11 @@ def rewrite(program: Program) -> int:
     for root in calls(graph, aten.rsqrt.default, aten.sqrt.default, aten.pow.Tensor_Scalar):
         found += _spelled_out(root)
     found += [norm for node in calls(graph, aten.rms_norm.default) if (norm := _library(node))]
-    found = [norm for norm in found if effects.untouched(norm.result, written)]
+    found = [n for n in found if n.x not in written and effects.untouched(n.result, written)]
     for norm in found:
-        norm.result.replace_all_uses_with(_insert(norm))
+        layouts.replace(norm.result, _insert(norm))
     if found:
-        graph.eliminate_dead_code()
+        effects.drop_unread(graph)
     return len(found)
 
 

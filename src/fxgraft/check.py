@@ -82,39 +82,56 @@ def is_meta(program: Program) -> bool:
     return any(weight.is_meta for _, weight in program.weights())
 
 
-def compare(before: Program, after: Program) -> Comparison:
-    """Compare the outputs of two Programs on random inputs of two different sizes.
+@dataclass(frozen=True)
+class Reference:
+    """A Program's outputs on random inputs of two different sizes, to compare rewrites with.
 
-    ``after`` has at least the outputs of ``before``; only those are compared. A size at which ``before`` itself does not
-    run is left out.
+    Attributes:
+        program: the original.
+        outputs: by trial, outputs by name.
+    """
+
+    program: Program
+    outputs: list[tuple[Trial, dict[str, torch.Tensor]]]
+
+    @staticmethod
+    def of(program: Program, after: Program) -> Reference:
+        """Run a Program. A size at which it does not run is left out.
+
+        Args:
+            program: the original.
+            after: a rewritten Program, for inputs that only it has.
+
+        Raises:
+            GraphError: the Program runs at no size; names the node.
+        """
+        done: list[tuple[Trial, dict[str, torch.Tensor]]] = []
+        failures: list[GraphError] = []
+        for index in range(len(_SIZES)):
+            trial = _draw(program, after, index)
+            try:
+                done.append((trial, interpreter.run(program, _inputs_of(program, trial))))
+            except GraphError as error:
+                failures.append(error)
+        if not done:
+            raise failures[0]
+        return Reference(program, done)
+
+
+def compare(reference: Reference, after: Program) -> Comparison:
+    """Compare the outputs of a rewritten Program with those of the original.
+
+    Outputs that only ``after`` has are not compared.
 
     Raises:
-        GraphError: a Program does not run, or the metadata of ``after`` is untrue.
+        GraphError: ``after`` does not run, or its metadata is untrue.
     """
-    trials: list[Trial] = []
     found: list[tuple[float, str, Trial]] = []
-    for trial, expected in _expected_outputs(before, after):
+    for trial, expected in reference.outputs:
         actual = interpreter.run(after, _inputs_of(after, trial), verify=True)
-        trials.append(trial)
         found += [(relative_error(actual[n], expected[n]), n, trial) for n in expected]
     error, output, worst = max(found, key=lambda item: item[0])
-    return Comparison(error, output, tuple(trials), worst)
-
-
-def _expected_outputs(
-    before: Program, after: Program
-) -> list[tuple[Trial, dict[str, torch.Tensor]]]:
-    done: list[tuple[Trial, dict[str, torch.Tensor]]] = []
-    failures: list[GraphError] = []
-    for index in range(len(_SIZES)):
-        trial = _draw(before, after, index)
-        try:
-            done.append((trial, interpreter.run(before, _inputs_of(before, trial))))
-        except GraphError as error:
-            failures.append(error)
-    if not done:
-        raise failures[0]
-    return done
+    return Comparison(error, output, tuple(trial for trial, _ in reference.outputs), worst)
 
 
 def _draw(before: Program, after: Program, index: int) -> Trial:
@@ -130,7 +147,8 @@ def _draw(before: Program, after: Program, index: int) -> Trial:
 
 
 def _inputs_of(program: Program, trial: Trial) -> dict[str, torch.Tensor]:
-    return {spec.name: trial.inputs[spec.name] for spec in program.inputs}
+    named = trial.inputs
+    return {spec.name: named[spec.name] for spec in program.inputs if spec.name in named}
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -155,11 +173,13 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return math.inf if math.isnan(error) else error
 
 
-def require(before: Program, after: Program, limit: float, claim: str, remedy: str) -> Comparison:
+def require(
+    reference: Reference, after: Program, limit: float, claim: str, remedy: str
+) -> Comparison:
     """Compare two Programs and fail if they are further apart than ``limit``.
 
     Args:
-        before: the original.
+        reference: the original.
         after: the rewritten one.
         limit: largest relative error allowed.
         claim: what was promised, the start of the message: ``"pass 'fold' is exact"``.
@@ -168,31 +188,31 @@ def require(before: Program, after: Program, limit: float, claim: str, remedy: s
     Raises:
         NumericError: names the output, the sizes and the first node that differs.
     """
-    comparison = compare(before, after)
+    comparison = compare(reference, after)
     if comparison.error <= limit:
         return comparison
     raise NumericError(
         f"{claim}, but output {comparison.output!r} has a relative error of "
         f"{comparison.error:.3g} (allowed: {limit:.3g}) with {comparison.worst}\n"
-        f"  {first_difference(before, after, comparison.worst, limit)}",
+        f"  {first_difference(reference.program, after, comparison.worst, limit)}",
         remedy,
     )
 
 
-def require_no_nan(program: Program, before: Program, owner: str) -> None:
+def require_no_nan(reference: Reference, after: Program, owner: str) -> None:
     """Run a Program and check that its floating-point outputs hold no NaN.
 
     Args:
-        program: the rewritten Program.
-        before: the original, whose NaN, if any, are not held against the rewrite.
+        reference: the original, whose NaN, if any, are not held against the rewrite.
+        after: the rewritten Program.
         owner: the pass, for messages.
 
     Raises:
         NumericError: names the output.
         GraphError: the Program does not run, or its metadata is untrue.
     """
-    for trial, expected in _expected_outputs(before, program):
-        outputs = interpreter.run(program, _inputs_of(program, trial), verify=True)
+    for trial, expected in reference.outputs:
+        outputs = interpreter.run(after, _inputs_of(after, trial), verify=True)
         for name, value in outputs.items():
             known = name in expected and bool(expected[name].isnan().any())
             if bool(value.isnan().any()) and not known:

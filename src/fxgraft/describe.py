@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
-import sympy
 import torch
+from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
 from fxgraft.graph import short_target
@@ -48,18 +48,19 @@ class Describer:
         """A size or symbolic number with dimension names: ``batch*sequence``."""
         if isinstance(size, (int, float)):
             return repr(size)
-        expression: Any = size.node.expr
+        expression = cast(Any, size).node.expr
         if expression not in self._sizes:
-            symbols = sorted(expression.free_symbols, key=str)
+            symbols: list[Any] = sorted(expression.free_symbols, key=str)
             named = {symbol: self._named(symbol) for symbol in symbols}
             self._sizes[expression] = str(expression.xreplace(named))
         return self._sizes[expression]
 
-    def _named(self, symbol: sympy.Symbol) -> sympy.Symbol:
+    def _named(self, symbol: Any) -> Any:
+        """The ``sympy`` symbol under its dimension's name."""
         if symbol not in self._dimensions:
             self._dimensions[symbol] = f"n{self._unnamed}"
             self._unnamed += 1
-        return sympy.Symbol(self._dimensions[symbol], **symbol.assumptions0)
+        return symbol.func(self._dimensions[symbol], **symbol.assumptions0)
 
     def _value(self, value: object) -> str:
         if isinstance(value, torch.Tensor):
@@ -93,7 +94,9 @@ class Describer:
                 for name, value, is_default in _named_arguments(node)
             }
         found = self._arguments[node]
-        return {name: text for name, (text, is_default) in found.items() if defaults or not is_default}
+        return {
+            name: text for name, (text, is_default) in found.items() if defaults or not is_default
+        }
 
     def pieces(self, value: object) -> Pieces:
         """An argument as text and, in between, the nodes in it."""
@@ -119,7 +122,8 @@ class Describer:
                 yield from self._pieces(item)
             yield "]"
         elif isinstance(value, slice):
-            for position, bound in enumerate((value.start, value.stop, value.step)):
+            bounds = cast("slice[object, object, object]", value)
+            for position, bound in enumerate((bounds.start, bounds.stop, bounds.step)):
                 yield ":" if position else ""
                 yield from self._pieces(bound)
         elif isinstance(value, _NUMBER):
@@ -140,6 +144,18 @@ def module_of(node: Node) -> str:
     return str(node.meta.get("module") or "")
 
 
+def block_of(module: str) -> str:
+    """The numbered module that a module is in: ``model.layers.3`` for ``model.layers.3.mlp.act``.
+
+    A module outside every numbered list is a block of its own.
+    """
+    parts = module.split(".")
+    for place, part in enumerate(parts):
+        if part.isdigit():
+            return ".".join(parts[: place + 1])
+    return module
+
+
 def calls_by_module(graph: Graph) -> dict[str, list[Node]]:
     """Call nodes by module path, both in graph order."""
     modules: dict[str, list[Node]] = {}
@@ -153,7 +169,7 @@ def short_name(node: Node) -> str:
     """An operator's name without namespace and overload: ``add`` for ``aten.add.Tensor``."""
     name = short_target(node)
     parts = name.split(".")
-    return parts[1] if isinstance(node.target, torch._ops.OpOverload) else parts[-1]
+    return parts[1] if isinstance(node.target, OpOverload) else parts[-1]
 
 
 def _dimension_names(program: Program) -> dict[Any, str]:
@@ -162,7 +178,7 @@ def _dimension_names(program: Program) -> dict[Any, str]:
         size: name
         for spec, node in zip(program.inputs, program.placeholders, strict=True)
         for name, size in zip(spec.shape, dims(node), strict=True)
-        if isinstance(name, str) and isinstance(size, sympy.Symbol)
+        if isinstance(name, str) and size.is_Symbol
     }
 
 
@@ -180,12 +196,12 @@ def _labels(modules: dict[str, list[Node]]) -> dict[Node, str]:
 
 def _named_arguments(node: Node) -> Iterator[tuple[str, object, bool]]:
     """Name, value, and whether the value is the schema's default."""
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node.target, OpOverload):
         yield from ((str(position), value, False) for position, value in enumerate(node.args))
         yield from ((name, value, False) for name, value in node.kwargs.items())
         return
     positional = list(node.args)
-    for argument in node.target._schema.arguments:
+    for argument in cast(Any, node).target._schema.arguments:
         default: object = argument.default_value
         if positional and not argument.kwarg_only:
             value: object = positional.pop(0)

@@ -11,7 +11,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch.fx import Node
 
-from fxgraft.describe import Describer, Pieces, Text, constant, module_of
+from fxgraft.describe import Describer, Pieces, Text, constant
 from fxgraft.diff_match import match
 from fxgraft.errors import SerializationError
 from fxgraft.graph import short_target
@@ -172,9 +172,7 @@ class GraphDiff:
 
     def to_json(self) -> dict[str, Any]:
         """The changes as JSON values."""
-        return _ADAPTER.dump_python(
-            self, mode="json", exclude={"context"}, exclude_defaults=True
-        )
+        return _ADAPTER.dump_python(self, mode="json", exclude={"context"}, exclude_defaults=True)
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> GraphDiff:
@@ -254,8 +252,8 @@ class _Comparison:
     def _row(self, module: str, left: Node | None, right: Node | None) -> NodeChange:
         return NodeChange(
             module,
-            _view(self._before, left) if left else None,
-            _view(self._after, right) if right else None,
+            view_of(self._before, left) if left else None,
+            view_of(self._after, right) if right else None,
             tuple(self._details(left, right)) if left and right else (),
         )
 
@@ -298,7 +296,8 @@ class _Comparison:
                 yield NamedChange("changed", name, before, after)
 
 
-def _view(describer: Describer, node: Node) -> NodeView:
+def view_of(describer: Describer, node: Node) -> NodeView:
+    """How a call node reads."""
     return NodeView(
         op=short_target(node),
         label=describer.labels[node],
@@ -399,5 +398,3 @@ def _input_text(spec: Input) -> str:
 
 def _range_text(allowed: Range) -> str:
     return f"dimension of {allowed.minimum} to {allowed.maximum or 'any size'}"
-
-

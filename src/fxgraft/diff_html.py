@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from fxgraft import pages
+from fxgraft.describe import block_of
 from fxgraft.diff import GraphDiff, NamedChange, NodeChange, NodeView
 from fxgraft.diff_text import arguments_text, collapse, named_sections, relative, summary
-from fxgraft.layering import block_of
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class _Block:
     modules: tuple[tuple[str, tuple[NodeChange, ...]], ...]
 
     def key(self) -> object:
-        """Equal for blocks that read alike but for the layer's number."""
-        return [(path, [_row(change) for change in rows]) for path, rows in self.modules]
+        """Equal for blocks that changed alike and are alike but for the layer's number."""
+        return [(path, [_key(change) for change in rows]) for path, rows in self.modules]
 
     def counts(self) -> Counter[str]:
         """Nodes per category."""
@@ -84,16 +84,25 @@ def _alike(blocks: Iterable[_Block]) -> list[list[_Block]]:
 
 
 def _group(blocks: list[_Block]) -> dict[str, Any]:
-    first = blocks[0]
+    last = blocks[-1]
     return {
         "name": collapse((block.name, None) for block in blocks)[0][0] or "(top level)",
         "members": [block.name for block in blocks],
-        "counts": dict(first.counts()),
+        "counts": dict(last.counts()),
         "modules": [
             {"path": path, "counts": dict(_counts(rows)), "rows": [_row(row) for row in rows]}
-            for path, rows in first.modules
+            for path, rows in last.modules
         ],
     }
+
+
+def _key(change: NodeChange) -> object:
+    """What makes two layers differ; of an unchanged node not where its inputs come from.
+
+    The first layer reads the embedding where the others read the layer before them.
+    """
+    view = change.view
+    return _row(change) if change.kinds else (view.label, view.op, view.value, view.made_by)
 
 
 def _counts(rows: Iterable[NodeChange]) -> Counter[str]:

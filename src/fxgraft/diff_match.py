@@ -98,9 +98,7 @@ def _without(nodes: Sequence[Node], gone: set[Node]) -> list[Node]:
     return [node for node in nodes if node not in gone]
 
 
-def _join(
-    left: Sequence[Node], right: Sequence[Node], key: Callable[[Node], Hashable]
-) -> Pairs:
+def _join(left: Sequence[Node], right: Sequence[Node], key: Callable[[Node], Hashable]) -> Pairs:
     """Nodes with equal keys, in order, where both sides have as many of them."""
     lefts, rights = _grouped(left, key), _grouped(right, key)
     return [
@@ -111,9 +109,7 @@ def _join(
     ]
 
 
-def _grouped(
-    nodes: Sequence[Node], key: Callable[[Node], Hashable]
-) -> dict[Hashable, list[Node]]:
+def _grouped(nodes: Sequence[Node], key: Callable[[Node], Hashable]) -> dict[Hashable, list[Node]]:
     groups: defaultdict[Hashable, list[Node]] = defaultdict(list)
     for node in nodes:
         groups[key(node)].append(node)
@@ -194,10 +190,12 @@ def _traits(describer: Describer, number: dict[Hashable, int]) -> dict[Node, _Tr
     rings = [kinds]
     for _ in range(_STEPS_UP):
         inner = rings[-1]
-        rings.append({
-            node: _number(number, (kinds[node], *(inner[source] for source in inputs[node])))
-            for node in nodes
-        })
+        rings.append(
+            {
+                node: _number(number, (kinds[node], *(inner[source] for source in inputs[node])))
+                for node in nodes
+            }
+        )
     facts = {node: (constants.get(node), describer.values[node]) for node in nodes}
     cones = _cones({node: (kinds[node], facts[node]) for node in nodes}, inputs, number)
     skeletons = _cones(kinds, inputs, number)

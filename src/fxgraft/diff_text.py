@@ -58,7 +58,8 @@ def node_line(change: NodeChange) -> str:
     ordinal = view.label.partition("#")[2]
     name = f"{view.op} #{ordinal}" if ordinal else view.op
     if change.details:
-        what = f"{name}  {'; '.join(detail_text(d, change.module) for d in change.details)}"
+        details = "; ".join(detail_text(detail, change.module) for detail in change.details)
+        what = f"{name} -> {view.value}  {details}"
     else:
         what = f"{name}({arguments_text(view, change.module)}) -> {view.value}"
     made_by = f"  (made by {view.made_by})" if view.made_by else ""
@@ -68,8 +69,9 @@ def node_line(change: NodeChange) -> str:
 def detail_text(detail: Detail, module: str) -> str:
     """``input: mlp.add → steer``, with references relative to ``module``."""
     before, after = relative(detail.before, module), relative(detail.after, module)
-    name = "" if detail.name == "value" else f"{detail.name}: "
-    return f"{name}{before or 'nothing'} → {after or 'nothing'}"
+    if detail.name == "value":
+        return f"was {before}"
+    return f"{detail.name}: {before or 'nothing'} → {after or 'nothing'}"
 
 
 def arguments_text(view: NodeView, module: str) -> str:
@@ -79,9 +81,7 @@ def arguments_text(view: NodeView, module: str) -> str:
 
 def relative(text: Text, module: str) -> str:
     """Text whose references are shortened to what a reader of ``module`` needs."""
-    return "".join(
-        shorten(part, module) if place % 2 else part for place, part in enumerate(text)
-    )
+    return "".join(shorten(part, module) if place % 2 else part for place, part in enumerate(text))
 
 
 def shorten(reference: str, module: str) -> str:
@@ -98,12 +98,11 @@ def shorten(reference: str, module: str) -> str:
     while common < min(len(path), len(own)) and path[common] == own[common]:
         common += 1
     numbers = [place for place in range(common) if own[place].isdigit()]
-    if numbers:
-        return ".".join(path[numbers[-1] + 1 :])
+    start = numbers[-1] + 1 if numbers else 0
     if common < min(len(path), len(own)) and path[common].isdigit() and own[common].isdigit():
         distance = int(path[common]) - int(own[common])
-        return ".".join([*path[:common], f"{{i{distance:+d}}}", *path[common + 1 :]])
-    return ".".join(path)
+        path[common] = f"{{i{distance:+d}}}"
+    return ".".join(path[start:])
 
 
 def _named_lines(changes: Sequence[NamedChange]) -> list[str]:
@@ -143,12 +142,12 @@ def _collapse_at(
 
 
 def spans(numbers: Iterable[str]) -> str:
-    """``{0..3, 5}`` for 0, 1, 2, 3, 5."""
+    """``{0..3, 5, 6}`` for 0, 1, 2, 3, 5, 6."""
     found: list[list[int]] = []
     for number in sorted(map(int, numbers)):
         if found and number == found[-1][-1] + 1:
             found[-1].append(number)
         else:
             found.append([number])
-    texts = [str(run[0]) if len(run) == 1 else f"{run[0]}..{run[-1]}" for run in found]
+    texts = [f"{run[0]}..{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in found]
     return f"{{{', '.join(texts)}}}"

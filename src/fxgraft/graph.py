@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, cast
 
 import torch
@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import Argument, map_arg
 
+from fxgraft import fake_calls
 from fxgraft.errors import GraphError
 
 _made_by: contextvars.ContextVar[str] = contextvars.ContextVar("made_by", default="")
@@ -69,14 +70,13 @@ def evaluate(node: Node) -> Any:
     if node.op == "get_attr":
         assert node.graph.owning_module is not None
         weight = weight_of(node.graph.owning_module, str(node.target))
-        return mode.from_tensor(weight.detach(), static_shapes=True)
+        return fake_calls.weight(mode, weight)
     if node.op == "output":
         return map_arg(node.args[0], lambda n: n.meta["val"])
     args = map_arg(node.args, lambda n: n.meta["val"])
     kwargs = map_arg(node.kwargs, lambda n: n.meta["val"])
     try:
-        with mode:
-            return cast(Callable[..., Any], node.target)(*args, **kwargs)  # pyright: ignore[reportGeneralTypeIssues]
+        return fake_calls.call(mode, cast(Callable[..., Any], node.target), args, kwargs)  # pyright: ignore[reportArgumentType]
     except Exception as error:
         raise GraphError(
             f"node {node.name!r} ({node.target}) cannot take its inputs: {error}\n"
@@ -137,10 +137,14 @@ def inherit(node: Node, anchor: Node) -> None:
         node.meta["made_by"] = _made_by.get()
 
 
-def refresh(changed: Iterable[Node]) -> None:
+def refresh(changed: Iterable[Node], *, until: Collection[Node] = ()) -> None:
     """Recompute values downstream of nodes whose arguments or weights changed.
 
     Stops along a path as soon as a value comes out with the shape and dtype it had.
+
+    Args:
+        changed: the nodes to start from.
+        until: nodes to leave alone, because other inputs of theirs are yet to change.
 
     Raises:
         GraphError: some node cannot take the new shapes.
@@ -150,7 +154,7 @@ def refresh(changed: Iterable[Node]) -> None:
         return
     graph = next(iter(pending)).graph
     for node in graph.nodes:
-        if node not in pending or node.op == "output":
+        if node not in pending or node.op == "output" or node in until:
             continue
         pending.discard(node)
         value = evaluate(node)

@@ -54,6 +54,7 @@ def describe_node(node: Node) -> str:
 class _Interpreter(Interpreter):
     def __init__(self, program: Program, verify: bool, kept: dict[str, Any] | None) -> None:
         super().__init__(program.graph_module)
+        self.extra_traceback = False
         self._verify = verify
         self._kept = kept
         self._sizes: dict[Expr, int] = {}
@@ -87,10 +88,7 @@ class _Interpreter(Interpreter):
             symbols = zip(dims(expected), value.shape, strict=True)
             self._sizes |= {s: size for s, size in symbols if s.is_Symbol}
         shape = [self._evaluate(size) for size in dims(expected)]
-        same = len(shape) == value.dim() and all(
-            size == actual or bool(size.free_symbols)
-            for size, actual in zip(shape, value.shape, strict=True)
-        )
+        same = len(shape) == value.dim() and all(map(_agrees, shape, value.shape))
         if not same or expected.dtype != value.dtype:
             raise GraphError(
                 f"{describe_node(node)} gives {_text(value.dtype, value.shape)}, its metadata "
@@ -102,6 +100,11 @@ class _Interpreter(Interpreter):
         if size not in self._evaluated:
             self._evaluated[size] = cast(Any, size).subs(self._sizes)
         return self._evaluated[size]
+
+
+def _agrees(size: Expr, actual: int) -> bool:
+    """Whether a size is as expected, or unknown because it depends on data."""
+    return bool(size.free_symbols) or int(cast(Any, size)) == actual
 
 
 def _text(dtype: torch.dtype, shape: Any) -> str:

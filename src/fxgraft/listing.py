@@ -28,9 +28,21 @@ def as_text(program: Program) -> str:
     return "\n".join([*_header(program), *_body(Describer(program))])
 
 
-def _header(program: Program) -> Iterator[str]:
+def headline(program: Program) -> str:
+    """What the Program is: the model's class and where it came from."""
     source, name = program.origin.get("source"), program.origin.get("class", "Program")
-    yield f"# {name}" + (f" from {source}" if source else "")
+    return f"{name} from {source}" if source else str(name)
+
+
+def subtitle(program: Program) -> str:
+    """The Program's size, and the passes that ran."""
+    passes = ", ".join(record.name for record in program.history)
+    size = f"{program.count_parameters():,} parameters in {program.count_bytes():,} bytes"
+    return f"{size}; passes: {passes}" if passes else size
+
+
+def _header(program: Program) -> Iterator[str]:
+    yield f"# {headline(program)}"
     yield f"# {program.count_parameters():,} parameters in {program.count_bytes():,} bytes"
     for dimension, allowed in program.dimensions.items():
         yield f"# {dimension}: {allowed.minimum} to {allowed.maximum or 'any size'}"

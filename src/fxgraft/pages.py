@@ -23,13 +23,13 @@ def render(name: str, title: str, body: str = "", data: object = None) -> str:
     """
     slots = {
         "title": html.escape(title),
-        "style": _template("page.css") + _template(f"{name}.css"),
-        "body": _template(f"{name}.html").replace("{{title}}", html.escape(title)) + body,
+        "style": template("page.css") + template(f"{name}.css"),
+        "body": template(f"{name}.html").replace("{{title}}", html.escape(title)) + body,
         # A script element ends at the first "</" of any kind, also inside JSON text.
         "data": json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
-        "script": _template(f"{name}.js"),
+        "script": template(f"{name}.js"),
     }
-    first, *rest = _template("page.html").split("{{")
+    first, *rest = template("page.html").split("{{")
     parts = [part.split("}}", 1) for part in rest]
     return first + "".join(slots[slot] + literal for slot, literal in parts)
 
@@ -51,6 +51,7 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def _template(file: str) -> str:
+def template(file: str) -> str:
+    """The text of a template, empty if there is none of that name."""
     found = _TEMPLATES / file
     return found.read_text(encoding="utf-8") if found.is_file() else ""

@@ -134,6 +134,15 @@ class Program:
         readers = [n for n in self.graph.find_nodes(op="get_attr", target=name)]
         graphs.refresh(readers)
 
+    def add_weight(self, name: str, value: torch.Tensor) -> str:
+        """Add a weight; returns the name it got, a free one close to ``name``."""
+        taken = {known for known, _ in self.weights()}
+        free, number = name, 2
+        while free in taken:
+            free, number = f"{name}_{number}", number + 1
+        graphs.set_weight(self.graph_module, free, value)
+        return free
+
     def count_parameters(self) -> int:
         """Number of weight elements, shared tensors counted once."""
         return sum(weight.numel() for weight in self._distinct_weights())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch.fx import Node
@@ -116,10 +117,15 @@ class WeightGuard:
 
 
 def measure(program: Program, sizes: Mapping[str, int]) -> Size:
-    """How large a Program is, its operations counted at the given sizes of its dimensions."""
+    """How large a Program is, its operations counted at the given sizes of its dimensions.
+
+    A size that depends on data, such as the number of tokens of an expert, counts as 1.
+    """
+    flops = program.cost(**sizes).total.flops
+    unknown = dict.fromkeys(flops.free_symbols, 1)
     return Size(
         nodes=len(program.graph.nodes),
         parameters=program.count_parameters(),
         bytes=program.count_bytes(),
-        flops=int(program.cost(**sizes).total.flops),
+        flops=int(cast(Any, flops).subs(unknown)),
     )

@@ -63,7 +63,9 @@ class Pass(BaseModel, ABC):
         no_neutral: why ``neutral()`` is None, for the few behaviour passes that have none.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     name: ClassVar[str]
     effect: ClassVar[Effect]
@@ -81,8 +83,8 @@ class Pass(BaseModel, ABC):
     def run(self, program: Program) -> list[str] | None:
         """Rewrite ``program`` in place; it is a copy that shares weights with the caller's.
 
-        Insert nodes with ``fxgraft.graph.insert`` and replace weights with
-        ``program.set_weight``; never change a weight tensor in place.
+        Insert nodes with ``fxgraft.graph.insert``, add weights with ``program.add_weight`` and
+        replace them with ``program.set_weight``; never change a weight tensor in place.
 
         Returns:
             What was changed, one line each, or None.
@@ -260,8 +262,9 @@ def _rewrite(program: Program, step: Pass) -> tuple[Program, list[str]]:
             "this is a fault in the pass; the error above shows where",
         ) from error
     guard.verify(step.name)
-    structure.verify(result)
-    structure.verify_outputs_kept(program, result)
+    with located(f"pass {step.name!r} left a broken graph: "):
+        structure.verify(result)
+        structure.verify_outputs_kept(program, result)
     return result, list(summary or [])
 
 
@@ -284,27 +287,30 @@ def _check(before: Program, after: Program, step: Pass, wanted: bool) -> tuple[f
         return None, "skipped on request"
     if checks.is_meta(before) or checks.is_meta(after):
         return None, "skipped: the weights have no values (meta device)"
+    reference = checks.Reference.of(before, after)
     if step.effect is Effect.BEHAVIOUR:
-        return _check_behaviour(before, after, step)
+        return _check_behaviour(reference, after, step)
     limit = checks.rounding_limit(before)
     claim, remedy = f"pass {step.name!r} is exact", "correct the rewrite before that node"
     if step.effect is Effect.APPROXIMATE:
         limit = float(cast(Any, step).tolerance)
         claim = f"pass {step.name!r} is approximate"
         remedy = "set it to approximate less, or raise its `tolerance`"
-    found = checks.require(before, after, limit, claim, remedy)
+    found = checks.require(reference, after, limit, claim, remedy)
     return found.error, f"outputs compared on {found}, allowed error {limit:.3g}"
 
 
-def _check_behaviour(before: Program, after: Program, step: Pass) -> tuple[float | None, str]:
+def _check_behaviour(
+    reference: checks.Reference, after: Program, step: Pass
+) -> tuple[float | None, str]:
     neutral = step.neutral()
-    checks.require_no_nan(after, before, step.name)
+    checks.require_no_nan(reference, after, step.name)
     if neutral is None:
         return None, f"runs; not compared: {step.no_neutral}"
-    unchanged = after if neutral == step else _rewrite(before, neutral)[0]
-    limit = checks.rounding_limit(before) / 10
+    unchanged = after if neutral == step else _rewrite(reference.program, neutral)[0]
+    limit = checks.rounding_limit(reference.program) / 10
     found = checks.require(
-        before,
+        reference,
         unchanged,
         limit,
         f"pass {step.name!r} at its neutral setting ({neutral!r}) is the identity",

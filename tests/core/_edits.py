@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Node
 
 from fxgraft import graph as graphs
 from fxgraft.describe import module_of, short_name
@@ -88,7 +88,7 @@ class Net(nn.Module):
 
     def __init__(self, num_layers: int) -> None:
         super().__init__()
-        torch.manual_seed(0)
+        torch.manual_seed(0)  # pyright: ignore[reportUnknownMemberType]
         self.model = Body(num_layers)
         self.lm_head = nn.Linear(WIDTH, VOCABULARY)
 
@@ -111,7 +111,9 @@ def llama() -> Program:
 
 
 def program_of(
-    model: nn.Module, values: Mapping[str, torch.Tensor], dynamic: Mapping[str, tuple[int | str, ...]]
+    model: nn.Module,
+    values: Mapping[str, torch.Tensor],
+    dynamic: Mapping[str, tuple[int | str, ...]],
 ) -> Program:
     """A module called with ``values`` as a Program; ``dynamic`` gives shapes with names."""
     specs = tuple(Input(name, value.dtype, dynamic[name]) for name, value in values.items())
@@ -195,21 +197,20 @@ def pruned(program: Program, layer: int) -> Program:
     return edited
 
 
+def renamed(program: Program) -> Program:
+    """The same Program with other node names."""
+    copy = program.copy()
+    for number, node in enumerate(copy.graph.nodes):
+        if node.op not in ("placeholder", "output"):
+            node._rename(f"node_{9000 - number}")
+    return copy
+
+
 def renumbered(program: Program) -> Program:
     """The same Program with other node names and other symbols."""
-    graph = Graph()
-    copies: dict[Node, Node] = {}
-    values = iter(fake_inputs(program.inputs, dict(reversed(program.dimensions.items()))))
-    for number, node in enumerate(program.graph.nodes):
-        if node.op == "output":
-            graph.output(tuple(copies[n] for n in node.all_input_nodes))
-            continue
-        copies[node] = graph.node_copy(node, copies.__getitem__)
-        copies[node]._rename(f"node_{9000 - number}")
-        if node.op == "placeholder":
-            copies[node].meta["val"] = next(values)
-    module = GraphModule(dict(program.weights()), graph)
-    graphs.propagate(module)
-    copy = program.copy()
-    copy.graph_module = module
+    copy = renamed(program)
+    values = fake_inputs(copy.inputs, dict(reversed(copy.dimensions.items())))
+    for node, value in zip(copy.placeholders, values, strict=True):
+        node.meta["val"] = value
+    graphs.propagate(copy.graph_module)
     return copy

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, cast
 
-import torch
 from tests import models
 from torch import Tensor, nn
 
@@ -22,6 +22,7 @@ class LlamaSteps:
     """A transformers model with its own cache as a ``StepModel``.
 
     Attributes:
+        change: called with each step's logits [B, V] and its number; edits them in place.
         batches: number of rows of each step so far.
     """
 
@@ -30,6 +31,7 @@ class LlamaSteps:
     pad_token_id: int | None = None
     context_length: int | None = CONTEXT_LENGTH
     takes_positions: bool = True
+    change: Callable[[Tensor, int], None] = lambda logits, step: None
     batches: list[int] = field(default_factory=list[int])
 
     @property
@@ -53,7 +55,9 @@ class LlamaSteps:
             past_key_values=state,
             use_cache=True,
         )
-        return output.logits[:, -1], output.past_key_values
+        logits = output.logits[:, -1]
+        self.change(logits, len(self.batches) - 1)
+        return logits, output.past_key_values
 
     def select(self, state: Any, rows: Tensor) -> Any:
         state.batch_select_indices(rows)
@@ -62,14 +66,21 @@ class LlamaSteps:
 
 @cache
 def tiny_llama() -> nn.Module:
-    """A Llama with the vocabulary of ``byte_level_tokenizer`` and some ids more."""
-    return models.llama(
-        vocab_size=len(byte_level_tokenizer()) + 5,
+    """A Llama with the vocabulary of ``byte_level_tokenizer`` and some ids more.
+
+    It hardly ever answers with parts of characters, so that its answers hold stop strings.
+    """
+    tokenizer = byte_level_tokenizer()
+    model = models.llama(
+        vocab_size=len(tokenizer) + 5,
         max_position_embeddings=CONTEXT_LENGTH,
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=None,
     )
+    parts = [index for index in range(len(tokenizer)) if "\ufffd" in tokenizer.decode([index])]
+    cast(Any, model).lm_head.weight.data[parts] = 0
+    return model
 
 
 @cache

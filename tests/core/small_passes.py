@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pydantic
 import torch
@@ -24,7 +25,7 @@ class Tiny(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        torch.manual_seed(0)
+        torch.manual_seed(0)  # pyright: ignore[reportUnknownMemberType]
         self.embed = nn.Embedding(VOCABULARY, WIDTH)
         self.up = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
         self.down = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
@@ -52,7 +53,7 @@ def tiny_program() -> Program:
     return export(Tiny(), inputs, values)
 
 
-def calls(program: Program, target: object) -> list[torch.fx.Node]:
+def calls(program: Program, target: Callable[..., Any]) -> list[torch.fx.Node]:
     """The nodes that call an operator."""
     return list(program.graph.find_nodes(op="call_function", target=target))
 
@@ -112,8 +113,8 @@ class Shift(Pass):
     def run(self, program: Program) -> list[str]:
         (node,) = [n for n in calls(program, aten.linear.default)
                    if n.meta["module"] == f"up.{self.layer}"]  # fmt: skip
-        program.set_weight("shift.vector", torch.full((WIDTH,), self.coefficient))
-        vector = graphs.insert_weight(program.graph_module, node, "shift.vector")
+        name = program.add_weight("shift.vector", torch.full((WIDTH,), self.coefficient))
+        vector = graphs.insert_weight(program.graph_module, node, name)
         source = node.all_input_nodes[0]
         moved = graphs.insert(node, aten.add.Tensor, (source, vector))
         node.replace_input_with(source, moved)

@@ -49,7 +49,7 @@ PAD = 1
 quick = settings(max_examples=60, deadline=None)
 
 
-def padded(prompts: Sequence[Sequence[int]] = PROMPTS) -> dict[str, Tensor]:
+def padded(prompts: Sequence[Sequence[int]] = PROMPTS) -> dict[str, Any]:
     width = max(len(prompt) for prompt in prompts)
     return {
         "input_ids": torch.tensor([[PAD] * (width - len(p)) + list(p) for p in prompts]),
@@ -59,6 +59,11 @@ def padded(prompts: Sequence[Sequence[int]] = PROMPTS) -> dict[str, Tensor]:
 
 def steps(**fields: Any) -> LlamaSteps:
     return LlamaSteps(tiny_llama(), **fields)
+
+
+def run(model: LlamaSteps, *prompt: Any, **options: Any) -> Tensor:
+    """``generate`` with options from a dictionary."""
+    return generate(model, *prompt, return_dict=False, **options)
 
 
 def reference(**arguments: Any) -> Tensor:
@@ -87,19 +92,17 @@ def new_tokens(prompt: Sequence[int], count: int) -> list[int]:
 )
 def test_batch_of_unequal_prompts_equals_transformers(options: dict[str, Any]) -> None:
     expected = reference(**padded(), max_new_tokens=12, pad_token_id=PAD, **options)
-    actual = generate(steps(pad_token_id=PAD), **padded(), max_new_tokens=12, **options)
+    actual = run(steps(pad_token_id=PAD), **padded(), max_new_tokens=12, **options)
     assert torch.equal(actual, expected)
 
 
 def test_rows_end_at_different_steps_and_are_padded() -> None:
-    free = generate(steps(), **padded(), max_new_tokens=12)
+    free = run(steps(), **padded(), max_new_tokens=12)
     ends = [int(free[0, 7 + 2]), int(free[1, 7 + 6])]
     expected = reference(**padded(), max_new_tokens=12, eos_token_id=ends, pad_token_id=PAD)
     assert (expected == PAD).sum() > (padded()["input_ids"] == PAD).sum(), "no row ended early"
-    given_ends = generate(
-        steps(), **padded(), max_new_tokens=12, eos_token_id=ends, pad_token_id=PAD
-    )
-    own_ends = generate(
+    given_ends = run(steps(), **padded(), max_new_tokens=12, eos_token_id=ends, pad_token_id=PAD)
+    own_ends = run(
         steps(eos_token_ids=tuple(ends), pad_token_id=PAD), **padded(), max_new_tokens=12
     )
     assert torch.equal(given_ends, expected)
@@ -109,7 +112,7 @@ def test_rows_end_at_different_steps_and_are_padded() -> None:
 def test_padding_defaults_to_the_first_end_token() -> None:
     ends = [new_tokens(PROMPTS[0], 3)[2], 3]
     expected = reference(**padded(), max_new_tokens=8, eos_token_id=ends)
-    assert torch.equal(generate(steps(), **padded(), max_new_tokens=8, eos_token_id=ends), expected)
+    assert torch.equal(run(steps(), **padded(), max_new_tokens=8, eos_token_id=ends), expected)
 
 
 def test_generation_stops_when_all_rows_have_ended() -> None:
@@ -124,7 +127,7 @@ def test_generation_stops_when_all_rows_have_ended() -> None:
 def test_list_of_prompts_is_padded_on_the_left(as_tensors: bool) -> None:
     prompts: Any = [torch.tensor(p) for p in PROMPTS] if as_tensors else PROMPTS
     actual = generate(steps(pad_token_id=PAD), prompts, max_new_tokens=5)
-    assert torch.equal(actual, generate(steps(), **padded(), max_new_tokens=5))
+    assert torch.equal(actual, run(steps(), **padded(), max_new_tokens=5))
 
 
 def test_one_prompt_may_come_without_batch_dimension() -> None:
@@ -241,10 +244,9 @@ def test_nucleus_of_a_large_vocabulary_equals_transformers(spread: float, top_p:
     for row in range(2):
         expected = hf_scores(logits[row], options[row], history)
         differing = torch.isinf(scores[row]) != torch.isinf(expected)
-        # Both sum thousands of float32 probabilities: the last token or two may fall otherwise.
-        assert int(differing.sum()) <= 2
-        same = ~differing
-        assert torch.equal(scores[row][same], expected[same])
+        # Both sum thousands of float32 probabilities, so the edge may differ by their error.
+        assert logits[row].softmax(-1)[differing].sum() < 2e-6
+        assert torch.equal(scores[row][~differing], expected[~differing])
 
 
 def test_greedy_rows_never_pay_for_sorting(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,8 +308,12 @@ def test_batch_mixes_greedy_and_sampled_rows() -> None:
 
 
 def draw_tokens(prompts: Any, seed: int | None, **options: Any) -> Tensor:
-    model = steps(pad_token_id=PAD)
-    return generate(model, prompts, max_new_tokens=8, do_sample=True, seed=seed, **options)
+    options.update(max_new_tokens=8, do_sample=True, seed=seed)
+    return run(steps(pad_token_id=PAD), prompts, **options)
+
+
+def seed_globally(seed: int) -> None:
+    cast(Any, torch).manual_seed(seed)
 
 
 def test_seed_decides_and_rows_are_independent() -> None:
@@ -326,10 +332,10 @@ def test_copies_of_a_prompt_draw_differently() -> None:
 
 
 def test_without_seed_the_global_state_decides() -> None:
-    torch.manual_seed(5)
+    seed_globally(5)
     first, second = draw_tokens(PROMPTS, None), draw_tokens(PROMPTS, None)
     assert not torch.equal(first, second)
-    torch.manual_seed(5)
+    seed_globally(5)
     assert torch.equal(first, draw_tokens(PROMPTS, None))
 
 
@@ -349,7 +355,6 @@ def test_sampling_one_candidate_is_greedy() -> None:
 # Text and stop strings
 
 TOKENIZERS = pytest.mark.parametrize("make", [byte_level_tokenizer, byte_fallback_tokenizer])
-PIECES = ["st", "stop", "op", "a", "é", "日", "er", " st", "\n", "🙂", "s", "t", "o", "p", " "]
 
 
 @TOKENIZERS
@@ -381,22 +386,22 @@ def test_text_comes_in_whole_characters(text: str) -> None:
     assert "".join(parts) + stream.finish() == tokenizer.decode(ids)
 
 
-def test_text_stream_leaves_out_special_tokens_and_shows_broken_ends() -> None:
+def test_text_stream_leaves_out_special_tokens() -> None:
     tokenizer = byte_level_tokenizer()
     vocabulary = Vocabulary(tokenizer)
-    stream = TextStream(vocabulary)
-    first_byte_of_emoji = tokenizer("🙂")["input_ids"][0]
-    broken = first_byte_of_emoji if len(vocabulary.bytes_of(first_byte_of_emoji)) < 4 else 0
-    assert stream.push(tokenizer.eos_token_id) == ""
+    assert TextStream(vocabulary).push(tokenizer.eos_token_id) == ""
     verbose = TextStream(vocabulary, skip_special_tokens=False)
     assert verbose.push(tokenizer.eos_token_id) == "<|end|>"
-    ids: list[int] = [i for i in range(2, 258) if vocabulary.bytes_of(i) == b"\xe6"]
-    assert broken != 0
-    assert stream.push(ids[0]) == ""
+
+
+def test_text_stream_shows_a_broken_end_at_last() -> None:
+    tokenizer = byte_fallback_tokenizer()
+    stream = TextStream(Vocabulary(tokenizer))
+    assert stream.push(tokenizer.convert_tokens_to_ids("<0xE6>")) == ""
     assert stream.finish() == "\ufffd"
 
 
-@pytest.mark.parametrize("make", [byte_level_tokenizer, byte_fallback_tokenizer])
+@TOKENIZERS
 @settings(max_examples=80, deadline=None)
 @given(data=st.data())
 def test_stop_strings_match_where_transformers_matches(
@@ -447,12 +452,10 @@ def test_stop_string_may_start_in_the_prompt_but_not_lie_in_it() -> None:
 def test_output_ends_with_the_token_that_completes_a_stop_string(length: int) -> None:
     tokenizer = byte_level_tokenizer()
     free = new_tokens(PROMPTS[0], 10)
-    vocabulary = Vocabulary(tokenizer)
-    pieces = [vocabulary.bytes_of(token).decode("utf-8", "replace") for token in free]
-    start = next(
-        i for i in range(2, 8) if "\ufffd" not in "".join(pieces[i : i + length]) and pieces[i]
-    )
-    stop = "".join(pieces[start : start + length])
+    # The stop string starts and ends inside tokens where these are long enough.
+    stop = tokenizer.decode(free[3 : 3 + length])
+    stop = stop[1:-1] if len(stop) > 3 else stop
+    assert "\ufffd" not in stop
     arguments: dict[str, Any] = {
         "max_new_tokens": 10, "stop_strings": [stop, "unheard of"], "tokenizer": tokenizer,
     }  # fmt: skip
@@ -460,23 +463,21 @@ def test_output_ends_with_the_token_that_completes_a_stop_string(length: int) ->
     actual = generate(steps(), PROMPTS[0], return_dict=True, **arguments)
     assert torch.equal(actual.sequences, expected)
     assert actual.finish_reasons == ("stop_string",)
-    text = b"".join(map(vocabulary.bytes_of, cast(Any, actual.new_tokens[0]).tolist()))
-    assert stop in text.decode("utf-8", "replace")
+    text = tokenizer.decode(actual.new_tokens[0])
+    assert stop in text
+    assert stop not in tokenizer.decode(actual.new_tokens[0][:-1])
 
 
 def test_stop_strings_end_rows_one_by_one() -> None:
     tokenizer = byte_level_tokenizer()
-    vocabulary = Vocabulary(tokenizer)
-    free = [new_tokens(prompt, 10) for prompt in PROMPTS]
-    readable = [t for t in free[2][2:] if t < 258 and vocabulary.bytes_of(t).isascii()]
-    token = next(t for t in [*readable, *free[2]] if vocabulary.bytes_of(t).isascii())
-    stop = vocabulary.bytes_of(token).decode()
+    stop = tokenizer.decode(new_tokens(PROMPTS[2], 10)[3:5])
     arguments: dict[str, Any] = {
         "max_new_tokens": 10, "stop_strings": stop, "tokenizer": tokenizer,
         "eos_token_id": [PAD], "pad_token_id": PAD,
     }  # fmt: skip
     expected = reference(**padded(), **arguments)
-    assert torch.equal(generate(steps(), **padded(), **arguments), expected)
+    assert (expected[:, -1] == PAD).any(), "no row was stopped"
+    assert torch.equal(run(steps(), **padded(), **arguments), expected)
 
 
 # Streaming
@@ -500,8 +501,9 @@ def test_callback_sees_each_step() -> None:
 def test_callback_can_end_generation(answer: Any) -> None:
     answers = iter([None, False, answer])
     output = generate(
-        steps(), PROMPTS, max_new_tokens=20, on_token=lambda *_: next(answers), return_dict=True
-    )
+        steps(), PROMPTS, max_new_tokens=20, return_dict=True,
+        on_token=lambda tokens, ended: next(answers),
+    )  # fmt: skip
     assert output.lengths == (3, 3, 3)
     assert output.finish_reasons == ("callback",) * 3
 
@@ -510,7 +512,7 @@ def test_callback_can_end_single_rows() -> None:
     model = steps(pad_token_id=PAD)
     output = generate(
         model, PROMPTS, max_new_tokens=5, return_dict=True,
-        on_token=lambda *_: [True, False, False],
+        on_token=lambda tokens, ended: [True, False, False],
     )  # fmt: skip
     assert output.lengths == (1, 5, 5)
     assert cast(Any, output.sequences[0, 8:]).tolist() == [PAD] * 4
@@ -538,7 +540,7 @@ def test_callback_can_end_single_rows() -> None:
         ({"eos_token_id": -1}, "eos_token_id"),
         ({"seed": -3}, "seed"),
         ({"stop_strings": [""], "tokenizer": object()}, "stop_strings"),
-        ({"stop_strings": ["a"]}, "tokenizer"),
+        ({"stop_strings": ["a"], "max_new_tokens": 3}, "tokenizer"),
         ({"pad_token_id": 10**6}, "pad_token_id"),
         ({"tempreature": 1.0}, "no generation option 'tempreature'"),
         ({"max_new_tokens": CONTEXT_LENGTH}, f"at most {CONTEXT_LENGTH - 7}"),
@@ -576,26 +578,19 @@ def test_bad_prompts_are_refused(prompts: Any, mask: Tensor | None, message: str
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_logits_that_are_not_finite_name_the_step(poison: float) -> None:
-    class Poisoned(LlamaSteps):
-        def step(self, *args: Any) -> tuple[Tensor, Any]:
-            logits, state = super().step(*args)
-            if len(self.batches) == 3:
-                logits[1, 4] = poison
-            return logits, state
+    def change(logits: Tensor, step: int) -> None:
+        if step == 2:
+            logits[1, 4] = poison
 
-    model = Poisoned(tiny_llama())
     with pytest.raises(Error, match="row 1 are not finite at generation step 2"):
-        generate(model, PROMPTS, max_new_tokens=5)
+        generate(steps(change=change), PROMPTS, max_new_tokens=5)
 
 
 def test_barred_tokens_are_no_poison() -> None:
-    class Barring(LlamaSteps):
-        def step(self, *args: Any) -> tuple[Tensor, Any]:
-            logits, state = super().step(*args)
-            logits[:, 10:] = -torch.inf
-            return logits, state
+    def change(logits: Tensor, step: int) -> None:
+        logits[:, 10:] = -torch.inf
 
-    ids = generate(Barring(tiny_llama()), PROMPTS, max_new_tokens=3, do_sample=True, seed=0)
+    ids = generate(steps(change=change), PROMPTS, max_new_tokens=3, do_sample=True, seed=0)
     assert int(ids[:, 7:].max()) < 10
 
 

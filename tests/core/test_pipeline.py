@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -10,6 +11,8 @@ from typing import Any, ClassVar, cast
 import jsonschema
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tests.core.small_passes import HalvePrecision, Shift, SwapAddends, tiny_program
 
 from fxgraft import registry
@@ -40,7 +43,7 @@ def registered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: small-passes\nVersion: 0.1\n")
     (info / "entry_points.txt").write_text(_ENTRY_POINTS)
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(folder))
+        patch.setattr(sys, "path", [str(folder), *sys.path])
         registry.refresh()
         yield
     registry.refresh()
@@ -69,19 +72,28 @@ def test_passes_are_given_as_instances_names_and_mappings() -> None:
 
 @pytest.mark.parametrize(
     ("spec", "message"),
-    [
-        (["shfit"], r"passes\[0\]: there is no pass 'shfit'; did you mean 'shift'"),
-        (["shift", {"shift": {"layr": 1}}], r"passes\[1\]: .* no key 'layr'; did you mean 'layer'"),
-        ([{"shift": {"layer": "first"}}], r"passes\[0\]: key 'layer' of pass 'shift' is 'first'"),
-        ([{"shift": {"coefficient": 1000}}], "is 1000: it should be at most 100 in size"),
-        ([{"shift": 3}], "the settings of pass 'shift' are 3"),
-        ([{"shift": {}, "swap_addends": {}}], "this is no pass"),
-        ([Shift], "this is no pass"),
-        ([7], r"passes\[0\]: this is no pass: 7"),
-        ("shift", r"'shift', which is no \.yaml file"),
-        (Shift(), "argument 'passes' is a Shift"),
-        ("missing.yaml", r"missing\.yaml cannot be read: No such file"),
-    ],
+    cast(
+        list[tuple[Any, str]],
+        [
+            (["shfit"], r"passes\[0\]: there is no pass 'shfit'; did you mean 'shift'"),
+            (
+                ["shift", {"shift": {"layr": 1}}],
+                r"passes\[1\]: .* no key 'layr'; did you mean 'layer'",
+            ),
+            (
+                [{"shift": {"layer": "first"}}],
+                r"passes\[0\]: key 'layer' of pass 'shift' is 'first'",
+            ),
+            ([{"shift": {"coefficient": 1000}}], "is 1000: it should be at most 100 in size"),
+            ([{"shift": 3}], "the settings of pass 'shift' are 3"),
+            ([{"shift": {}, "swap_addends": {}}], "this is no pass"),
+            ([Shift], "this is no pass"),
+            ([7], r"passes\[0\]: this is no pass: 7"),
+            ("shift", r"'shift', which is no \.yaml file"),
+            (Shift(), "argument 'passes' is a Shift"),
+            ("missing.yaml", r"missing\.yaml cannot be read: No such file"),
+        ],
+    ),
 )
 def test_wrong_passes_are_refused(spec: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
@@ -91,8 +103,12 @@ def test_wrong_passes_are_refused(spec: Any, message: str) -> None:
 def test_passes_run_in_order_and_leave_the_original(program: Program) -> None:
     code = program.graph_module.code
     seen: list[tuple[str, int, int]] = []
+
+    def progress(name: str, index: int, total: int) -> None:
+        seen.append((name, index, total))
+
     pipeline = Pipeline.parse(["swap_addends", {"shift": {"layer": 1}}])
-    result = pipeline.run(program, progress=lambda *step: seen.append(step))
+    result = pipeline.run(program, progress=progress)
     assert seen == [("swap_addends", 0, 2), ("shift", 1, 2)]
     assert [record.name for record in result.history] == ["swap_addends", "shift"]
     assert result.history[1].before == result.history[0].after
@@ -302,6 +318,30 @@ def test_scalars_follow_the_core_schema(write: Callable[[str], Path]) -> None:
         *(1e-3, 0.5, -2, 10, "1_0", "yes", True, None, None, ""),
         *("2024-01-01", float("inf"), "0x1f", "1:30"),
     ]
+
+
+_JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=12),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.text("abc: #-1", min_size=1, max_size=5), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(value=_JSON)
+def test_json_is_read_as_json_reads_it(
+    value: object, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "value.yaml"
+    path.write_text(json.dumps(value))
+    assert YamlSource.read(path).value == value
 
 
 # The schema

@@ -67,7 +67,7 @@ def add_plugin(folder: Path, entry_points: str, **modules: str) -> None:
 def test_an_installed_plug_in_works_by_name(
     installed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.syspath_prepend(str(installed))
+    monkeypatch.setattr(sys, "path", [str(installed), *sys.path])
     assert "scale_logits" in registry.names()
     assert registry.find("scale_logits").__module__ == "fxgraft_scale_logits"
     program = tiny_program()
@@ -82,7 +82,7 @@ def test_an_installed_plug_in_works_by_name(
 def test_an_unknown_pass_is_refused_with_a_suggestion(
     installed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.syspath_prepend(str(installed))
+    monkeypatch.setattr(sys, "path", [str(installed), *sys.path])
     with pytest.raises(InputError, match="did you mean 'scale_logits'") as caught:
         registry.find("scale_logit")
     assert "scale_logits" in caught.value.remedy
@@ -92,8 +92,8 @@ def test_a_broken_plug_in_does_not_harm_the_others(
     installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     add_plugin(tmp_path, "broken = broken_module:Broken", broken_module="import not_there")
-    monkeypatch.syspath_prepend(str(installed))
-    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "path", [str(installed), *sys.path])
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     assert registry.find("scale_logits")
     with pytest.warns(UserWarning, match="pass 'broken'"):
         assert "broken" not in registry.passes()
@@ -109,7 +109,7 @@ def test_an_entry_point_must_give_the_pass_of_its_name(
 ) -> None:
     source = _PASS_SOURCE.format(name="Demo") + "VALUE = 3\n"
     add_plugin(tmp_path, entry, demo_module=source)
-    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     with pytest.raises(PassError, match="which is no pass of that name"):
         registry.find(entry.split()[0])
 
@@ -139,6 +139,6 @@ def test_two_passes_of_one_name_are_an_error(
         fxgraft.passes, "__path__", [*fxgraft.passes.__path__, str(tmp_path / "packages")]
     )
     add_plugin(tmp_path, "twin = twin_module:Twin", twin_module=_PASS_SOURCE.format(name="Twin"))
-    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     with pytest.raises(PassError, match=r"'twin' is defined twice: by fxgraft\.passes\.demo_twin"):
         registry.names()

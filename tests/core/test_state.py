@@ -79,7 +79,9 @@ def test_values_are_symbolic_and_true() -> None:
     shape = dims(step.program.output_nodes["present_0_key"])
     assert shape[0] == symbols["batch"]
     assert shape[2] == symbols["past"] + symbols["sequence"]
-    before = {node.name: graphs.signature(node.meta.get("val")) for node in step.program.graph.nodes}
+    before = {
+        node.name: graphs.signature(node.meta.get("val")) for node in step.program.graph.nodes
+    }
     graphs.propagate(step.program.graph_module)
     after = {node.name: graphs.signature(node.meta.get("val")) for node in step.program.graph.nodes}
     assert before == after

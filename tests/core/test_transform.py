@@ -40,11 +40,18 @@ def program(captured: Program) -> Program:
     return captured.copy()
 
 
-def exact(run: Callable[[Program], list[str] | None], **rules: object) -> Pass:
+def exact(rewrite: Callable[[Program], list[str] | None], **rules: object) -> Pass:
     """An exact pass ``faulty`` made of one function."""
-    body = {"run": lambda self, program: run(program), "effect": Effect.EXACT, "name": "faulty"}  # pyright: ignore[reportUnknownLambdaType]
-    kind = type("Faulty", (Pass,), {**body, **rules, "__module__": __name__})
-    return kind()
+
+    class Faulty(Pass):
+        effect: ClassVar = Effect.EXACT
+
+        def run(self, program: Program) -> list[str] | None:
+            return rewrite(program)
+
+    for name, value in rules.items():
+        setattr(Faulty, name, value)
+    return Faulty()
 
 
 def snapshot(program: Program) -> tuple[str, dict[str, bytes], int]:
@@ -105,6 +112,13 @@ def test_wrong_settings_name_the_pass_the_key_and_the_valid_keys() -> None:
     assert "key 'layer' of pass 'shift' is 'x'" in caught.value.problem
     assert "no key 'coeficient'; did you mean 'coefficient'?" in caught.value.problem
     assert "layer (int), coefficient (float), vector (Path | None)" in caught.value.remedy
+
+
+def test_settings_are_finite() -> None:
+    with pytest.raises(
+        InputError, match="'coefficient' of pass 'shift' is nan: it should be a fin"
+    ):
+        Shift(coefficient=math.nan)
 
 
 def test_a_pass_cannot_be_changed() -> None:
@@ -226,7 +240,7 @@ class LeakyShift(Shift):
 class Unchecked(Shift):
     """Has no neutral setting and does not say why."""
 
-    def neutral(self) -> None:
+    def neutral(self) -> Shift | None:  # pyright: ignore[reportIncompatibleMethodOverride]
         return None
 
 
@@ -260,7 +274,7 @@ def test_a_behaviour_pass_has_a_neutral_setting_or_says_why_not(program: Program
 
 def test_nan_from_a_behaviour_pass_is_refused(program: Program) -> None:
     with pytest.raises(NumericError, match="output 'logits' holds NaN"):
-        apply(program, Shift(coefficient=math.nan))
+        apply(program, Shift.model_construct(coefficient=math.nan))
 
 
 def test_matching_nothing_is_an_error(program: Program) -> None:
@@ -420,9 +434,6 @@ def test_an_unknown_fact_is_refused(program: Program) -> None:
 
 
 def test_promises_are_checked_after_the_run(program: Program) -> None:
-    step = SwapAddends()
-    assert apply(program, step)
-
     def rename(program: Program) -> None:
         program.inputs = (replace(program.inputs[0], name="tokens"), *program.inputs[1:])
 

@@ -158,9 +158,9 @@ def test_padding_is_not_read() -> None:
 
 
 @pytest.mark.parametrize(("batch", "queries", "total"), [(0, 3, 3), (1, 0, 0), (2, 0, 4)])
-@pytest.mark.parametrize("softcap", [0.0, 1.0])
-def test_empty(batch: int, queries: int, total: int, softcap: float) -> None:
-    case = make_case(batch=batch, queries=queries, total=total, softcap=softcap)
+@pytest.mark.parametrize("options", [{}, {"is_causal": False}, {"softcap": 1.0}])
+def test_empty(batch: int, queries: int, total: int, options: dict[str, Any]) -> None:
+    case = make_case(batch=batch, queries=queries, total=total, **options)
     assert _run(case).shape == (batch, 4, queries, 4)
 
 

@@ -1,0 +1,73 @@
+"""Elementwise operators that work in place become the ones that do not.
+
+``x.div_(y)`` hides what comes after it from every other rewrite, since a value is then no longer
+what the node that made it computed. It is replaced where nothing reads the old x, or a view of
+it, afterwards, and where x is no input and no weight, whose change would be seen outside.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from fxgraft import graph as graphs
+from fxgraft.passes.optimize import effects, layouts
+from fxgraft.passes.optimize.matching import aten
+from fxgraft.program import Program
+
+
+def rewrite(program: Program) -> int:
+    """Replace the operators, in graph order.
+
+    Returns:
+        How many were replaced.
+    """
+    graph, count = program.graph, 0
+    for node in list(graph.nodes):
+        functional = _functional(node) if node.op == "call_function" else None
+        if functional is not None and not _seen_elsewhere(graph, node):
+            count += _replace(node, functional)
+    return count
+
+
+def _functional(node: Node) -> Any:
+    """The elementwise operator that computes what an in-place one writes, or None."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or not effects.writes(target):
+        return None
+    name, _, overload = target.name().removeprefix("aten::").partition(".")
+    packet = getattr(aten, name.removesuffix("_"), None)
+    found = getattr(packet, overload or "default", None)
+    is_elementwise = found is not None and torch.Tag.pointwise in found.tags
+    return found if is_elementwise and name.endswith("_") else None
+
+
+def _seen_elsewhere(graph: Graph, node: Node) -> bool:
+    """Whether anything but the node's own result shows that memory was written to."""
+    owners = effects.owners(graph)
+    memory = owners[node]
+    if memory.op != "call_function":
+        return True
+    own = {node}
+    for other in graph.nodes:
+        if owners.get(other) is not memory or other is node:
+            continue
+        if other.all_input_nodes and other.all_input_nodes[0] in own:
+            own.add(other)
+        elif any(node < user for user in other.users):
+            return True
+    return False
+
+
+def _replace(node: Node, functional: Any) -> bool:
+    target, node.target = node.target, functional
+    value, before = graphs.evaluate(node), node.meta["val"]
+    if value.dtype != before.dtype or value.shape != before.shape:
+        node.target = target
+        return False
+    node.meta["val"] = value
+    if layouts.strides(value) != layouts.strides(before):
+        layouts.restride(node.users)
+    return True

@@ -1,0 +1,1 @@
+"""The ``fxgraft`` command. May import everything; nothing imports it."""
