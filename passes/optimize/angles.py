@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch.fx import Node
 
@@ -101,6 +101,42 @@ def double(node: Node, *, interleaved: bool, made: dict[tuple[Node, bool], Node]
         doubled = graphs.insert(node, aten.cat.default, ([node, node], -1), after=True)
     made[node, interleaved] = doubled
     return doubled
+
+
+def real_parts(angles: Node, made: dict[tuple[Node, bool], Node]) -> tuple[Node, Node]:
+    """Cosines and sines of complex numbers on the circle, without complex arithmetic if possible.
+
+    Args:
+        angles: complex [..., R/2].
+        made: what was inserted before; True marks the sines.
+    """
+    cos, sin = (_real_part(angles, is_sin, made) for is_sin in (False, True))
+    return cos, sin
+
+
+def _real_part(node: Node, is_sin: bool, made: dict[tuple[Node, bool], Node]) -> Node:
+    if (node, is_sin) not in made:
+        made[node, is_sin] = _make_real_part(node, is_sin, made)
+    return made[node, is_sin]
+
+
+def _make_real_part(node: Node, is_sin: bool, made: dict[tuple[Node, bool], Node]) -> Node:
+    before = source(node)
+    if is_call(node, aten.polar.default):
+        length, angle = node.args
+        function = aten.sin.default if is_sin else aten.cos.default
+        part = graphs.insert(node, function, (angle,))
+        if is_call(length, aten.ones_like.default):
+            return part
+        return graphs.insert(node, aten.mul.Tensor, (length, part))
+    is_plain = is_call(node, *_ALONG_DIM) or (
+        is_call(node, aten.mul.Tensor) and number(node.args[1]) is not None
+    )
+    if before is not None and is_plain:
+        real = _real_part(before, is_sin, made)
+        return graphs.insert(node, cast(Any, node.target), (real, *node.args[1:]))
+    pairs = graphs.insert(node, aten.view_as_real.default, (node,), after=True)
+    return graphs.insert(pairs, aten.select.int, (pairs, -1, int(is_sin)), after=True)
 
 
 def layout(x: Node, angles: Node) -> Layout | None:

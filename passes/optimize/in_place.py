@@ -7,10 +7,12 @@ it, afterwards, and where x is no input and no weight, whose change would be see
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch._ops import OpOverload
+from torch.fx import Node
 
 from fxgraft import graph as graphs
 from fxgraft.passes.optimize import effects, layouts
@@ -24,18 +26,24 @@ def rewrite(program: Program) -> int:
     Returns:
         How many were replaced.
     """
-    graph, count = program.graph, 0
-    for node in list(graph.nodes):
-        functional = _functional(node) if node.op == "call_function" else None
-        if functional is not None and not _seen_elsewhere(graph, node):
-            count += _replace(node, functional)
-    return count
+    candidates = [(node, found) for node in program.graph.nodes if (found := _functional(node))]
+    if not candidates:
+        return 0
+    memory = effects.owners(program.graph)
+    sharing: dict[Node, list[Node]] = defaultdict(list)
+    for node, owner in memory.items():
+        sharing[owner].append(node)
+    return sum(
+        _replace(node, functional)
+        for node, functional in candidates
+        if memory[node].op == "call_function" and not _is_seen(node, sharing[memory[node]])
+    )
 
 
 def _functional(node: Node) -> Any:
     """The elementwise operator that computes what an in-place one writes, or None."""
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or not effects.writes(target):
+    target = node.target if node.op == "call_function" else None
+    if not isinstance(target, OpOverload) or not effects.writes(target):
         return None
     name, _, overload = target.name().removeprefix("aten::").partition(".")
     packet = getattr(aten, name.removesuffix("_"), None)
@@ -44,19 +52,18 @@ def _functional(node: Node) -> Any:
     return found if is_elementwise and name.endswith("_") else None
 
 
-def _seen_elsewhere(graph: Graph, node: Node) -> bool:
-    """Whether anything but the node's own result shows that memory was written to."""
-    owners = effects.owners(graph)
-    memory = owners[node]
-    if memory.op != "call_function":
-        return True
+def _is_seen(node: Node, sharing: list[Node]) -> bool:
+    """Whether anything but the node's own result shows that memory was written to.
+
+    Args:
+        node: the in-place call.
+        sharing: nodes with the same memory, in graph order.
+    """
     own = {node}
-    for other in graph.nodes:
-        if owners.get(other) is not memory or other is node:
-            continue
+    for other in sharing:
         if other.all_input_nodes and other.all_input_nodes[0] in own:
             own.add(other)
-        elif any(node < user for user in other.users):
+        elif other is not node and any(node < user for user in other.users):
             return True
     return False
 

@@ -129,7 +129,8 @@ def part(node: object) -> Part | None:
     return None
 
 
-def _width(node: Node) -> int:
+def width(node: Node) -> int:
+    """Size of the last dimension, which is not dynamic."""
     return int(cast(Any, last_size(node)))
 
 
@@ -139,8 +140,8 @@ def _slice(node: Node) -> Part | None:
         return None
     if not isinstance(start, int) or not isinstance(step, int) or not last_size(whole).is_Integer:
         return None
-    start = start + _width(whole) if start < 0 else start
-    return Part(whole, start, step, _width(node))
+    start = start + width(whole) if start < 0 else start
+    return Part(whole, start, step, width(node))
 
 
 def _piece(node: Node) -> Part | None:
@@ -155,7 +156,7 @@ def _piece(node: Node) -> Part | None:
     widths = [expr(value.shape[-1]) for value in pieces.meta["val"]]
     if not isinstance(index, int) or not all(width.is_Integer for width in widths):
         return None
-    return Part(whole, int(cast(Any, sum(widths[:index]))), 1, _width(node))
+    return Part(whole, int(cast(Any, sum(widths[:index]))), 1, width(node))
 
 
 def _neighbour(node: Node, pairs: Node | None, dim: object, index: object) -> Part | None:
@@ -165,7 +166,7 @@ def _neighbour(node: Node, pairs: Node | None, dim: object, index: object) -> Pa
     whole = source(pairs) if is_call(pairs, *views) else None
     if whole is None or dims(pairs)[:-2] != dims(whole)[:-1] or last_size(pairs) != 2:
         return None
-    return Part(whole, index % 2, 2, _width(node))
+    return Part(whole, index % 2, 2, width(node))
 
 
 def halves(first: object, second: object) -> tuple[Node, bool] | None:

@@ -5,9 +5,10 @@
    negated where the model turns the other way.
 2. ``(a cos - b sin, b cos + a sin)`` joined or zipped, with a and b the halves or the even and odd
    channels (gpt-oss, DeepSeek); cosines and sines are doubled once for all layers.
-3. A cast back that follows is taken in, and so is the concatenation with the channels that do not
+3. Pairs of channels multiplied as complex numbers (Llama 4, DeepSeek-V2).
+4. A cast back that follows is taken in, and so is the concatenation with the channels that do not
    rotate.
-4. [B, S, H, D] is transposed to the op's [B, H, S, D] and back, both views.
+5. [B, S, H, D] is transposed to the op's [B, H, S, D] and back, both views.
 
 Cosines and sines must provably hold every angle twice, as the op states: kernels and exports may
 read half of them.
@@ -24,8 +25,10 @@ from torch.fx import Graph, Node
 
 from fxgraft import graph as graphs
 from fxgraft.kernels.rotary.op import SPEC
+from fxgraft.kernels.spec import dims
 from fxgraft.passes.optimize import angles, effects, layouts
 from fxgraft.passes.optimize.matching import (
+    Part,
     aten,
     calls,
     dtype_of,
@@ -40,6 +43,7 @@ from fxgraft.passes.optimize.matching import (
     source,
     sums,
     uncast,
+    width,
     zipped,
 )
 from fxgraft.program import Program
@@ -94,6 +98,11 @@ def _find(graph: Graph) -> Iterator[_Rotation]:
         rotation = _pair_form(node)
         if rotation is not None:
             yield rotation
+    made: dict[tuple[Node, bool], Node] = {}
+    for node in calls(graph, aten.view_as_real.default):
+        rotation = _complex_form(node, made)
+        if rotation is not None:
+            yield rotation
 
 
 def _sum_form(node: Node) -> _Rotation | None:
@@ -144,13 +153,12 @@ def _pair_form(node: Node) -> _Rotation | None:
     pair, interleaved = joined(node), False
     if pair is None:
         pair, interleaved = zipped(node), True
-    if pair is None or not is_call(pair[0], aten.sub.Tensor) or not is_call(pair[1], aten.add.Tensor):
+    difference = None if pair is None else pair[0]
+    if pair is None or not is_call(difference, aten.sub.Tensor) or len(difference.args) != 2:
         return None
-    difference = pair[0].args
-    if len(difference) != 2 or pair[0].kwargs:
-        return None
+    first, second = difference.args
     for (a, cos), (b, sin), (left, right) in product(
-        products(difference[0]), products(difference[1]), sums(pair[1])
+        products(first), products(second), sums(pair[1])
     ):
         if _other_factor(left, b) is cos and _other_factor(right, a) is sin:
             return _from_parts(node, (a, b), (cos, sin), interleaved)
@@ -167,6 +175,22 @@ def _from_parts(
         return _Rotation(whole[0], *factors, node, interleaved, is_half=True)
     # Other channels than the output's are paired: put them in the output's order first.
     return None if interleaved else _Rotation(parts, *factors, node, interleaved, is_half=True)
+
+
+def _complex_form(node: Node, made: dict[tuple[Node, bool], Node]) -> _Rotation | None:
+    """Rule 3."""
+    result = single_user(node)
+    if result is None or not is_call(result, *_FLATTENED) or dims(result)[:-1] != dims(node)[:-2]:
+        return None
+    for turned, circle in products(source(node)):
+        pairs = source(turned) if is_call(turned, aten.view_as_complex.default) else None
+        x = source(pairs) if is_call(pairs, aten.reshape.default, aten.view.default) else None
+        if x is None or pairs is None or not is_tensor(circle):
+            continue
+        if dims(pairs)[:-2] == dims(x)[:-1] and angles.layout(x, circle) is not None:
+            cos, sin = angles.real_parts(circle, made)
+            return _Rotation(x, cos, sin, result, interleaved=True, is_half=True)
+    return None
 
 
 def _fuse(rotation: _Rotation, doubled: dict[tuple[Node, bool], Node]) -> bool:
@@ -193,10 +217,10 @@ def _fuse(rotation: _Rotation, doubled: dict[tuple[Node, bool], Node]) -> bool:
 
 
 def _has_valid_angles(rotation: _Rotation) -> bool:
-    width = last_size(rotation.x if isinstance(rotation.x, Node) else rotation.x[0])
+    wanted = last_size(rotation.x if isinstance(rotation.x, Node) else rotation.x[0])
     if rotation.is_half and isinstance(rotation.x, Node):
-        width = width / 2
-    if last_size(rotation.cos) != width or last_size(rotation.sin) != width:
+        wanted = wanted / 2
+    if last_size(rotation.cos) != wanted or last_size(rotation.sin) != wanted:
         return False
     if rotation.is_half:
         return True
@@ -233,7 +257,7 @@ def _join(rotation: _Rotation) -> _Rotation:
 
 
 def _grow(rotation: _Rotation) -> _Rotation:
-    """Rule 3."""
+    """Rule 4."""
     user = single_user(rotation.result)
     assert isinstance(rotation.x, Node)
     narrow = uncast(rotation.x)
@@ -246,9 +270,7 @@ def _grow(rotation: _Rotation) -> _Rotation:
     turned, pieces = part(rotation.x), joined(user)
     if turned is None or pieces is None or user is None or turned.start or turned.step != 1:
         return rotation
-    rest = part(pieces[1])
-    if pieces[0] is not rotation.result or rest is None or rest.whole is not turned.whole:
-        return rotation
-    if (rest.start, rest.step) != (turned.size, 1) or turned.size + rest.size != last_size(turned.whole):
+    rest = Part(turned.whole, turned.size, 1, width(turned.whole) - turned.size)
+    if pieces[0] is not rotation.result or part(pieces[1]) != rest:
         return rotation
     return replace(rotation, x=turned.whole, result=user)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 Pieces = tuple[str | Node, ...]
 Text = tuple[str, ...]
+_INT64_MAX = 2**63 - 1  # how slices say "to the end"
 _NUMBER = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
@@ -47,7 +48,7 @@ class Describer:
     def size(self, size: int | float | torch.SymInt | torch.SymFloat | torch.SymBool) -> str:
         """A size or symbolic number with dimension names: ``batch*sequence``."""
         if isinstance(size, (int, float)):
-            return repr(size)
+            return "max" if size == _INT64_MAX else repr(size)
         expression = cast(Any, size).node.expr
         if expression not in self._sizes:
             symbols: list[Any] = sorted(expression.free_symbols, key=str)

@@ -11,7 +11,7 @@ from typing import Any
 from fxgraft import pages
 from fxgraft.describe import block_of
 from fxgraft.diff import GraphDiff, NamedChange, NodeChange, NodeView
-from fxgraft.diff_text import arguments_text, collapse, named_sections, relative, summary
+from fxgraft.diff_text import arguments_text, collapse, named_sections, sides, summary
 
 
 @dataclass(frozen=True)
@@ -114,10 +114,7 @@ def _row(change: NodeChange) -> dict[str, Any]:
     if change.kinds:
         row["before"] = _cell(change.before, change.module)
     if change.details:
-        row["details"] = [
-            [d.kind, d.name, relative(d.before, change.module), relative(d.after, change.module)]
-            for d in change.details
-        ]
+        row["details"] = [[d.kind, d.name, *sides(d, change.module)] for d in change.details]
     return row
 
 

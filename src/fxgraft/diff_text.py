@@ -68,10 +68,14 @@ def node_line(change: NodeChange) -> str:
 
 def detail_text(detail: Detail, module: str) -> str:
     """``input: mlp.add → steer``, with references relative to ``module``."""
+    before, after = sides(detail, module)
+    return f"was {before}" if detail.name == "value" else f"{detail.name}: {before} → {after}"
+
+
+def sides(detail: Detail, module: str) -> tuple[str, str]:
+    """Both texts of a detail; two different nodes that read alike are told apart."""
     before, after = relative(detail.before, module), relative(detail.after, module)
-    if detail.name == "value":
-        return f"was {before}"
-    return f"{detail.name}: {before or 'nothing'} → {after or 'nothing'}"
+    return before or "nothing", f"another {after}" if before == after else after or "nothing"
 
 
 def arguments_text(view: NodeView, module: str) -> str:
@@ -101,6 +105,8 @@ def shorten(reference: str, module: str) -> str:
     start = numbers[-1] + 1 if numbers else 0
     if common < min(len(path), len(own)) and path[common].isdigit() and own[common].isdigit():
         distance = int(path[common]) - int(own[common])
+        if abs(distance) > 1:  # many layers may read one and the same layer
+            return ".".join(path)
         path[common] = f"{{i{distance:+d}}}"
     return ".".join(path[start:])
 

@@ -100,6 +100,16 @@ def test_rwkv_program_survives_the_rescaling_of_the_model() -> None:
     _assert_same(second, model.eval())
 
 
+def test_recurrent_gemma_forgets_where_positions_restart() -> None:
+    model = build(BY_NAME["RecurrentGemma"])
+    inputs = {**_inputs(model, 1, 8, 0), "position_ids": torch.arange(8)[None] % 4}
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        with emit_recurrent_ops(model):
+            actual = model(**inputs).logits
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_activation_without_op_stays_a_node() -> None:
     model = build(Family("Mamba", {"hidden_act": "gelu"}, {}))
     exported = _export(model)

@@ -12,7 +12,7 @@ import typer
 import fxgraft
 from fxgraft.cli.console import change, messages, output, print_json, step, table
 from fxgraft.errors import Error, InputError
-from fxgraft.frontends import sources
+from fxgraft import sources
 from fxgraft.history import Record
 from fxgraft.pipeline import PipelineFile
 from fxgraft.transform import apply

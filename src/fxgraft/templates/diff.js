@@ -70,7 +70,7 @@ function detailLine([kind, name, before, after]) {
   return element(
     "div", { class: "detail code " + kind },
     element("span", { class: "tag" }, kind), " ", name, ": ",
-    element("del", {}, before || "nothing"), " → ", element("ins", {}, after || "nothing"),
+    element("del", {}, before), " → ", element("ins", {}, after),
   );
 }
 
