@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import re
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -52,11 +54,11 @@ def _run(
         for spec in specs
     }
     keywords: dict[str, Any] = dict(values)
-    if getattr(getattr(model, "config", None), "use_cache", None) is not None:
+    if "use_cache" in inspect.signature(model.forward).parameters:
         keywords["use_cache"] = False
     dynamic |= {name: None for name in keywords if name not in dynamic}  # pyright: ignore[reportAssignmentType]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _no_cache(model):
             return torch.export.export(
                 model, (), keywords, dynamic_shapes=dynamic, strict=False
             )
@@ -64,6 +66,21 @@ def _run(
         raise
     except Exception as error:
         raise _capture_error(model, error) from error
+
+
+@contextlib.contextmanager
+def _no_cache(model: nn.Module) -> Iterator[None]:
+    """A cache cannot be captured; state is inserted afterwards."""
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    users: list[Any] = [config for config in configs.values() if hasattr(config, "use_cache")]
+    previous = [config.use_cache for config in users]
+    for config in users:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config, value in zip(users, previous, strict=True):
+            config.use_cache = value
 
 
 def _capture_error(model: nn.Module, error: Exception) -> CaptureError:

@@ -182,5 +182,3 @@ def _centred(x: Node) -> Node | None:
     if not is_call(mean, aten.mean.dim) or mean.kwargs or len(mean.args) != 3:
         return None
     return source(x) if mean.args[0] is y and mean.args[1] == [-1] and mean.args[2] else None
-
-

@@ -251,9 +251,7 @@ def _join(rotation: _Rotation) -> _Rotation:
     if isinstance(rotation.x, Node):
         return rotation
     pieces = list(rotation.x)
-    return replace(
-        rotation, x=graphs.insert(rotation.result, aten.cat.default, (pieces, -1))
-    )
+    return replace(rotation, x=graphs.insert(rotation.result, aten.cat.default, (pieces, -1)))
 
 
 def _grow(rotation: _Rotation) -> _Rotation:

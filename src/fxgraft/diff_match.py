@@ -86,7 +86,6 @@ def _match_module(
 
 
 _KEYS: tuple[Callable[[_Traits], Hashable], ...] = (
-    lambda t: t.cone,
     lambda t: t.skeleton,
     lambda t: (t.op, t.weights, t.made_by, t.upstream[-1]),
     lambda t: (t.words, t.upstream[-1]),

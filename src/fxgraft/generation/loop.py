@@ -257,7 +257,7 @@ class _Batch:
         if 2 * len(live) > len(self.held):
             return
         self.state = self.model.select(self.state, self._index(self._live_places()))
-        pass
+        self.held = live
 
     def _live_places(self) -> list[int]:
         return [place for place, row in enumerate(self.held) if self.reasons[row] is None]
