@@ -105,8 +105,12 @@ def clip() -> Case:
 
 
 def llava() -> Case:
-    """LLaVA: every text starts with one image."""
-    image_token, patches = _VOCABULARY - 1, 16
+    """LLaVA: two images, at the start of the first two texts.
+
+    transformers' code walks over the images in Python, so their number is fixed at capture; the
+    number of texts and their length are dynamic.
+    """
+    image_token, patches, images = _VOCABULARY - 1, 16, 2
     config = _LIBRARY.LlavaConfig(
         text_config=_LIBRARY.LlamaConfig(**_small(vocab_size=_VOCABULARY, num_key_value_heads=2)),
         vision_config=_LIBRARY.CLIPVisionConfig(**_small(image_size=32, patch_size=8)),
@@ -114,17 +118,15 @@ def llava() -> Case:
     )
 
     def inputs(batch: int, length: int) -> dict[str, torch.Tensor]:
-        text = _text(batch, length)
-        image = torch.full((batch, patches), image_token)
+        ids = _text(batch, patches + length)["input_ids"]
+        ids[:images, :patches] = image_token
         mask = torch.ones(batch, patches + length, dtype=torch.int64)
-        return {
-            "input_ids": torch.cat([image, text["input_ids"]], 1),
-            "attention_mask": mask,
-            "pixel_values": _pixels(batch),
-        }
+        return {"input_ids": ids, "attention_mask": mask, "pixel_values": _pixels(images)}
 
-    options = {"use_cache": False}
-    return Case(_make("LlavaForConditionalGeneration", config), inputs, ("logits",), None, options)
+    text = {0: "batch", 1: "sequence"}
+    dynamic = {"input_ids": text, "attention_mask": text}
+    model = _make("LlavaForConditionalGeneration", config)
+    return Case(model, inputs, ("logits",), dynamic, {"use_cache": False})
 
 
 def whisper() -> Case:

@@ -1,27 +1,23 @@
 """Builds an ONNX graph node by node; equal nodes are built once.
 
 A node is recognised by operator, inputs and attributes, so masks, position tables and sizes that
-every layer asks for exist once without a pass afterwards. Consecutive reshapes and transposes
-are joined as they are built.
+every layer asks for exist once, without a pass over the graph afterwards.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
-import numpy as np
-import sympy
 import torch
 from torch import Tensor
 
-Expr = sympy.Expr
-Attribute = "int | float | str | tuple[int, ...] | tuple[float, ...] | Body"
+from fxgraft.backends.onnx.types import stored_dtype
 
-# onnxruntime's CPU provider has no bfloat16 arithmetic; float32 holds every bfloat16 value.
-_STAND_INS = {torch.bfloat16: torch.float32}
+# Constants of at most this many elements are told apart by what they hold.
+_SMALL = 65536
 
 
 @dataclass(eq=False, slots=True)
@@ -30,10 +26,10 @@ class Value:
 
     Attributes:
         name: unique in the model.
-        dtype: element type, None where nothing depends on it.
-        scope: the builder whose graph the value belongs to.
+        dtype: element type; None where nothing depends on it.
+        scope: the builder whose graph it belongs to.
         producer: the node that computes it; None for inputs and constants.
-        constant: its data, if known while building.
+        constant: its data, if it is a constant.
     """
 
     name: str
@@ -41,17 +37,6 @@ class Value:
     scope: Builder
     producer: OnnxNode | None = None
     constant: Tensor | None = None
-
-
-@dataclass(eq=False, slots=True)
-class OnnxNode:
-    """One ONNX operator call."""
-
-    op: str
-    inputs: tuple[Value | None, ...]
-    attributes: Mapping[str, object]
-    outputs: tuple[Value, ...]
-    origin: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,91 +48,109 @@ class Body:
     outputs: tuple[Value, ...]
 
 
+Attribute = int | float | str | tuple[int, ...] | tuple[float, ...] | Body
+
+
+@dataclass(eq=False, slots=True)
+class OnnxNode:
+    """One call of an ONNX operator.
+
+    Attributes:
+        op: the operator.
+        inputs: None for optional ones that are left out.
+        attributes: by name.
+        outputs: in order.
+        origin: module path of the graph node it was translated from.
+    """
+
+    op: str
+    inputs: tuple[Value | None, ...]
+    attributes: Mapping[str, Attribute]
+    outputs: tuple[Value, ...]
+    origin: str
+
+
 @dataclass(eq=False)
 class Builder:
     """An ONNX graph under construction.
 
-    Args:
-        opset: ONNX opset whose operators are used.
-        parent: the builder of the graph around a body. Nodes of a body that only read values
-            from outside are built outside, once.
-
     Attributes:
+        opset: ONNX opset whose operators are used.
+        parent: the builder of the graph around a body. Nodes of a body that only read values from
+            outside are built outside, so that they do not run once per iteration.
         nodes: in an order in which they can run.
-        origin: name of the graph node that is being translated.
+        constants: in order of first use.
+        origin: module path that new nodes are marked with.
+        ops: operators of the nodes that were asked for since it was last cleared.
     """
 
     opset: int
     parent: Builder | None = None
     nodes: list[OnnxNode] = field(default_factory=list[OnnxNode])
     origin: str = ""
-    _known: dict[object, tuple[Value, ...]] = field(
-        default_factory=dict[object, tuple[Value, ...]]
+    ops: set[str] = field(default_factory=set[str])
+    _known: dict[Hashable, tuple[Value, ...]] = field(
+        default_factory=dict[Hashable, tuple[Value, ...]]
     )
-    _constants: dict[object, Value] = field(default_factory=dict[object, Value])
-    _reshaped: dict[Value, tuple[Value, tuple[Expr, ...]]] = field(
-        default_factory=dict[Value, "tuple[Value, tuple[Expr, ...]]"]
-    )
+    _constants: dict[Hashable, Value] = field(default_factory=dict[Hashable, Value])
+    _names: set[str] = field(default_factory=set[str])
     _numbers: count[int] = field(default_factory=count)
-
-    def __post_init__(self) -> None:
-        if self.parent is not None:
-            self._numbers = self.parent._numbers
 
     @property
     def root(self) -> Builder:
         """The builder of the whole model."""
         return self if self.parent is None else self.parent.root
 
-    def input(self, name: str, dtype: torch.dtype) -> Value:
-        """A graph input."""
-        return Value(name, stored_dtype(dtype), self)
+    @property
+    def constants(self) -> list[Value]:
+        """All constants of the model."""
+        return list(self.root._constants.values())
 
-    def body_input(self, dtype: torch.dtype | None) -> Value:
-        """An input of a body, with a name of its own."""
-        return Value(f"item_{next(self._numbers)}", dtype, self)
+    def input(self, dtype: torch.dtype | None, name: str = "item") -> Value:
+        """An input of this graph."""
+        return Value(self._name(name), dtype and stored_dtype(dtype), self)
 
-    def constant(self, data: Tensor | np.ndarray | Sequence[int] | float, dtype: torch.dtype | None = None) -> Value:
-        """A constant; equal small ones and views of one weight exist once.
+    def constant(
+        self,
+        data: Tensor | Sequence[float] | float,
+        dtype: torch.dtype | None = None,
+        name: str = "constant",
+    ) -> Value:
+        """A constant; equal ones exist once.
 
         Args:
-            data: values; Python numbers need a dtype.
+            data: its values; Python numbers need a dtype.
             dtype: element type, default that of ``data``.
+            name: a readable name, used if it is free.
         """
-        if self.parent is not None:
-            return self.parent.constant(data, dtype)
-        tensor = data if isinstance(data, Tensor) else torch.as_tensor(data, dtype=dtype)
-        tensor = tensor.detach()
+        tensor = data if isinstance(data, Tensor) else torch.tensor(data, dtype=dtype)
         wanted = stored_dtype(dtype or tensor.dtype)
-        if tensor.numel() <= SMALL:
-            tensor = tensor.to(wanted)
+        tensor = tensor.detach()
+        tensor = tensor.to(wanted) if tensor.numel() <= _SMALL else tensor
+        root = self.root
         key = (identity(tensor), wanted)
-        if key not in self._constants:
-            name = f"constant_{next(self._numbers)}"
-            self._constants[key] = Value(name, wanted, self, constant=tensor)
-        return self._constants[key]
+        if key not in root._constants:
+            root._constants[key] = Value(self._name(name), wanted, root, constant=tensor)
+        return root._constants[key]
 
     def integers(self, *numbers: int) -> Value:
         """A constant int64 vector."""
-        return self.constant(list(numbers), torch.int64)
-
-    def rename(self, value: Value, name: str) -> None:
-        """Give a constant a readable name, if it has none yet and the name is free."""
-        if value.name.startswith("constant_") and value.constant is not None:
-            taken = {known.name for known in self.root._constants.values()}
-            if name not in taken:
-                value.name = name
+        return self.constant(numbers, torch.int64, "integers")
 
     def call(
-        self, op: str, *inputs: Value | None, dtype: torch.dtype | None = None, **attributes: object
+        self,
+        op: str,
+        *inputs: Value | None,
+        dtype: torch.dtype | None = None,
+        **attributes: Attribute | None,
     ) -> Value:
         """Build a node with one output.
 
         Args:
             op: ONNX operator.
-            inputs: trailing ones that are None are left out.
+            inputs: in order; None for one that is left out.
             dtype: element type of the output, default that of the first input.
-            attributes: numbers, strings, lists of numbers, or a ``Body``.
+            attributes: of the operator; those that are None are left out.
         """
         first = inputs[0].dtype if inputs and inputs[0] is not None else None
         return self.call_many(op, *inputs, dtypes=(dtype or first,), **attributes)[0]
@@ -157,26 +160,64 @@ class Builder:
         op: str,
         *inputs: Value | None,
         dtypes: Sequence[torch.dtype | None],
-        **attributes: object,
+        **attributes: Attribute | None,
     ) -> tuple[Value, ...]:
         """Build a node with one output per entry of ``dtypes``."""
-        if self.parent is not None and not any(v and v.scope is self for v in inputs):
-            if not any(isinstance(a, Body) for a in attributes.values()):
-                return self.parent.call_many(op, *inputs, dtypes=dtypes, **attributes)
+        given = {name: value for name, value in attributes.items() if value is not None}
+        home = self._home(inputs, given)
         while inputs and inputs[-1] is None:
             inputs = inputs[:-1]
-        frozen = {k: tuple(a) if isinstance(a, list) else a for k, a in attributes.items() if a is not None}
-        key = (op, inputs, len(dtypes), tuple(sorted(frozen.items(), key=lambda item: item[0])))
-        if key not in self._known:
-            self._known[key] = self._add(op, inputs, dtypes, frozen)
-        return self._known[key]
+        key = (op, inputs, tuple(sorted(given.items())), len(dtypes))
+        self.root.ops.add(op)
+        if key not in home._known:
+            home._known[key] = home._add(op, inputs, given, dtypes)
+        return home._known[key]
 
-    def _add(self, op, inputs, dtypes, attributes):
+    def _home(self, inputs: Sequence[Value | None], attributes: Mapping[str, Attribute]) -> Builder:
+        """The outermost builder in which all inputs are known."""
+        home = self
+        if any(isinstance(value, Body) for value in attributes.values()):
+            return home
+        scopes = {id(value.scope) for value in inputs if value is not None}
+        while home.parent is not None and id(home) not in scopes:
+            home = home.parent
+        return home
+
+    def _add(
+        self,
+        op: str,
+        inputs: tuple[Value | None, ...],
+        attributes: Mapping[str, Attribute],
+        dtypes: Sequence[torch.dtype | None],
+    ) -> tuple[Value, ...]:
         outputs = tuple(
-            Value(f"{op}_{next(self._numbers)}", dtype and stored_dtype(dtype), self) for dtype in dtypes
+            Value(self._name(op), dtype and stored_dtype(dtype), self) for dtype in dtypes
         )
         node = OnnxNode(op, inputs, attributes, outputs, self.root.origin)
         for output in outputs:
             output.producer = node
         self.nodes.append(node)
         return outputs
+
+    def claim(self, value: Value, name: str) -> None:
+        """Give a value a name that nothing else has or gets."""
+        taken = self.root._names
+        taken.discard(value.name)
+        value.name = self._name(name)
+
+    def _name(self, wanted: str) -> str:
+        root = self.root
+        name = wanted
+        while name in root._names:
+            name = f"{wanted}_{next(root._numbers)}"
+        root._names.add(name)
+        return name
+
+
+def identity(tensor: Tensor) -> Hashable:
+    """Equal for tensors that hold the same: small ones by content, others by memory."""
+    if tensor.numel() <= _SMALL:
+        data = tensor.contiguous().view(-1).view(torch.uint8) if tensor.numel() else tensor
+        digest = hashlib.blake2b(data.numpy().tobytes()).digest()
+        return ("content", digest, tuple(tensor.shape), tensor.dtype)
+    return ("memory", tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)

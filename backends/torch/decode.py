@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
-from torch.fx.node import map_arg
+from torch.fx import GraphModule
 
 from fxgraft import graph as graphs
 from fxgraft.backends.torch.decompose import decompose
 from fxgraft.backends.torch.regions import RegionRunner
-from fxgraft.program import Program
-from fxgraft.state import StepProgram, step_inputs
+from fxgraft.specialise import specialise
+from fxgraft.state import StepProgram
 
 
 class DecodeRunner:
@@ -53,41 +51,6 @@ def compile_decode(step: StepProgram, batch: int) -> RegionRunner:
     decompose(program.graph_module)
     graphs.finish(program.graph_module)
     return RegionRunner(program.graph_module, compile_region)
-
-
-def specialise(step: StepProgram, sizes: dict[str, int]) -> Program:
-    """A copy of a step graph in which some dimensions are fixed numbers."""
-    program = step.program.copy()
-    inputs = tuple(
-        replace(
-            spec,
-            shape=tuple(sizes.get(size, size) if isinstance(size, str) else size
-                        for size in spec.shape),
-        )
-        for spec in program.inputs
-    )  # fmt: skip
-    dimensions = {name: r for name, r in program.dimensions.items() if name not in sizes}
-    values = step_inputs(inputs, dimensions, program.device, sizes)
-    for node, value in zip(program.placeholders, values, strict=True):
-        node.meta["val"] = value
-    graphs.propagate(program.graph_module)
-    for node in program.graph.nodes:
-        _use_constant(node)
-    graphs.finish(program.graph_module)
-    return replace(program, inputs=inputs, dimensions=dimensions)
-
-
-def _use_constant(node: Node) -> None:
-    """Replace reads of a size that has become a number by the number."""
-    value = node.meta.get("val")
-    if isinstance(value, torch.SymInt) and value.node.expr.is_Integer:
-        value = int(value)
-    if not isinstance(value, int) or node.op == "placeholder":
-        return
-    number = value
-    for user in list(node.users):
-        user.args = map_arg(user.args, lambda n: number if n is node else n)
-        user.kwargs = map_arg(user.kwargs, lambda n: number if n is node else n)
 
 
 def compile_region(module: GraphModule) -> Callable[..., Any]:

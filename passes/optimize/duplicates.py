@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch.fx import Node
 
+from fxgraft.kernels.spec import expr
 from fxgraft.passes.optimize import effects
 from fxgraft.program import Program
 
@@ -44,7 +45,7 @@ def _key(node: Node) -> object:
         return None
     value = node.meta.get("val")
     if isinstance(value, torch.SymInt):
-        return ("size", value.node.expr)
+        return ("size", expr(value))
     return (node.target, _freeze(node.args), _freeze(node.kwargs))
 
 
@@ -58,5 +59,6 @@ def _freeze(value: Any) -> object:
     if isinstance(value, (bool, int, float, complex)):
         return (type(value), repr(value))
     if isinstance(value, slice):
-        return ("slice", _freeze((value.start, value.stop, value.step)))
+        bounds = cast(Any, value)
+        return ("slice", _freeze((bounds.start, bounds.stop, bounds.step)))
     return value

@@ -14,6 +14,10 @@ from torch.fx import Graph, Node
 _ALIASING = frozenset({
     operator.getitem, torch.ops.aten.type_as.default, torch.ops.aten._unsafe_view.default,
 })  # fmt: skip
+_torch: Any = torch
+_SYMBOLIC = frozenset({
+    _torch.sym_max, _torch.sym_min, _torch.sym_int, _torch.sym_float, _torch.sym_not,
+})  # fmt: skip
 _UNSAFE_TAGS = ("nondeterministic_seeded", "dynamic_output_shape", "data_dependent_output")
 
 
@@ -36,11 +40,9 @@ class _Effects:
 def _effects(target: Any) -> _Effects:
     if not isinstance(target, OpOverload):
         module = getattr(target, "__module__", "")
-        is_arithmetic = module in ("_operator", "math") or target in (
-            torch.sym_max, torch.sym_min, torch.sym_int, torch.sym_float, torch.sym_not,
-        )  # fmt: skip
+        is_arithmetic = module in ("_operator", "math") or target in _SYMBOLIC
         return _Effects((), target in _ALIASING, is_arithmetic)
-    schema = target._schema
+    schema = target._schema  # pyright: ignore[reportPrivateUsage]
     writes = tuple(a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write)
     tags = {tag.name for tag in target.tags}
     aliases = any(value.alias_info for value in schema.returns) or target in _ALIASING
@@ -49,14 +51,18 @@ def _effects(target: Any) -> _Effects:
     return _Effects(writes, aliases, pure)
 
 
+def _target(node: Node) -> Any:
+    return node.target
+
+
 def is_pure(node: Node) -> bool:
     """Whether a call depends on its arguments only and does nothing but compute its result."""
-    return node.op == "call_function" and _effects(node.target).pure
+    return node.op == "call_function" and _effects(_target(node)).pure
 
 
 def is_view(node: Node) -> bool:
     """Whether a call computes nothing: its result shares the memory of an argument."""
-    return node.op == "call_function" and _effects(node.target).aliases
+    return node.op == "call_function" and _effects(_target(node)).aliases
 
 
 def writes(target: Any) -> tuple[str, ...]:
@@ -84,12 +90,11 @@ def written(graph: Graph) -> frozenset[Node]:
 
 
 def _writes(node: Node) -> tuple[str, ...]:
-    return writes(node.target) if node.op == "call_function" else ()
+    return writes(_target(node)) if node.op == "call_function" else ()
 
 
 def _targets(node: Node) -> list[Node]:
-    assert isinstance(node.target, OpOverload)
-    schema = node.target._schema  # pyright: ignore[reportPrivateUsage]
+    schema = _target(node)._schema
     names = [argument.name for argument in schema.arguments]
     values = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     found = [values.get(name) for name in _writes(node)]

@@ -192,7 +192,7 @@ def _cat(node: Node) -> Node | None:
 def _is_empty(piece: Node, dim: int, axes: int) -> bool:
     shape = value_of(piece).shape
     # An old rule lets a piece of shape [0] stand among pieces of any rank.
-    return expr(shape[dim]) == 0 if len(shape) == axes else True
+    return len(shape) != axes or expr(shape[dim]).is_zero is True
 
 
 _RULES: dict[Any, Callable[[Node], Node | None]] = {

@@ -20,7 +20,7 @@ from torch.fx import Node
 
 from fxgraft import graph as graphs
 from fxgraft.kernels.rms_norm.op import SPEC
-from fxgraft.kernels.spec import argument
+from fxgraft.kernels.spec import argument, dims
 from fxgraft.passes.optimize import effects, layouts
 from fxgraft.passes.optimize.matching import (
     aten,
@@ -135,12 +135,9 @@ def _grow(norm: _Norm) -> _Norm:
 
 
 def _is_weight(weight: object, user: Node, norm: _Norm) -> bool:
-    return (
-        is_tensor(weight)
-        and rank(weight) == 1
-        and last_size(weight) == last_size(norm.x)
-        and same_size(user, norm.x)
-    )
+    if not is_tensor(weight) or rank(weight) != 1:
+        return False
+    return dims(weight) == dims(norm.x)[-1:] and same_size(user, norm.x)
 
 
 def _split_offset(weight: Node) -> tuple[Node, float]:

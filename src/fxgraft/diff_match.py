@@ -7,6 +7,7 @@ place among their equals there. Within a module:
    the same constants and shapes first, then with others.
 2. Then those in the same neighbourhood of the graph, then those that read the same weights.
 3. What is left is aligned in order, so that one insertion does not shift the rest.
+4. Nodes that were moved past others, which no alignment keeps, are paired op by op.
 
 Node names and numbers play no role. Swapping the two Programs swaps the result.
 """
@@ -82,11 +83,14 @@ def _match_module(
         pairs += found
         left = _without(left, {a for a, _ in found})
         right = _without(right, {b for _, b in found})
-    return pairs + _align(left, right, traits)
+    found = _align(left, right, traits)
+    left = _without(left, {a for a, _ in found})
+    right = _without(right, {b for _, b in found})
+    return pairs + found + _rank_by_op(left, right)
 
 
 _KEYS: tuple[Callable[[_Traits], Hashable], ...] = (
-    lambda t: t.skeleton,
+    lambda t: t.cone,
     lambda t: (t.op, t.weights, t.made_by, t.upstream[-1]),
     lambda t: (t.words, t.upstream[-1]),
     lambda t: (t.op, t.weights) if t.weights else None,
@@ -124,7 +128,7 @@ def _align(left: Sequence[Node], right: Sequence[Node], traits: dict[Node, _Trai
     if order[0] > order[1]:  # ties are broken alike whichever Program comes first
         return [(a, b) for b, a in _align(right, left, traits)]
     if len(left) * len(right) > _MOST_PAIRS:
-        return _rank_by_op(left, right)
+        return []
     score = {
         (i, j): _likeness(a, b)
         for i, a in enumerate(lefts)

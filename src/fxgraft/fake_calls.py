@@ -13,6 +13,8 @@ from functools import cache
 from typing import Any, cast
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
@@ -41,7 +43,8 @@ def call(
         known = _results(mode)
         if key in known:
             return known[key]
-    with mode:
+    # Composite kernels in C++ would fix symbolic sizes; tracing also uses those in Python.
+    with enable_python_dispatcher(), mode:
         result = target(*args, **kwargs)
     if key is not None and not free_unbacked_symbols(result):
         _results(mode)[key] = result
@@ -64,7 +67,7 @@ def _results(mode: FakeTensorMode) -> dict[object, Any]:
 
 @cache
 def _depends_on_signature(target: Any) -> bool:
-    if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
+    if not isinstance(target, OpOverload) or target._schema.is_mutable:  # pyright: ignore[reportPrivateUsage]
         return False
     return _DATA_DEPENDENT.isdisjoint(tag.name for tag in target.tags)
 
@@ -91,8 +94,9 @@ def _signature(value: Any) -> object:
         items = cast("Mapping[str, Any]", value).items()
         return tuple((key, _signature(item)) for key, item in items)
     if isinstance(value, slice):
-        return ("slice", _signature((value.start, value.stop, value.step)))
+        bounds = cast(Any, value)
+        return ("slice", _signature((bounds.start, bounds.stop, bounds.step)))
     if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-        return ("symbol", type(value), value.node.expr)
+        return ("symbol", value.__class__.__name__, cast(Any, value).node.expr)
     # 1, 1.0 and True are equal, and so are 0.0 and -0.0.
     return (type(value), repr(value)) if isinstance(value, (int, float, complex)) else value

@@ -192,7 +192,8 @@ def pruned(program: Program, layer: int) -> Program:
         half = weight[: weight.shape[0] // 2]
         graphs.set_weight(edited.graph_module, f"{attention}.{part}_proj.weight", half)
     weight = edited.weight(f"{attention}.o_proj.weight")
-    graphs.set_weight(edited.graph_module, f"{attention}.o_proj.weight", weight[:, : WIDTH // 2])
+    half = weight[:, : weight.shape[1] // 2]
+    graphs.set_weight(edited.graph_module, f"{attention}.o_proj.weight", half)
     graphs.propagate(edited.graph_module)
     return edited
 

@@ -104,7 +104,7 @@ def byte_level_tokenizer() -> Any:
     made = cast(Any, PreTrainedTokenizerFast)(
         tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>", padding_side="left"
     )
-    made.add_tokens(["  é  "])
+    made.add_tokens(["  é  ", "naïf"])
     return made
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 
 import pytest
@@ -181,6 +183,15 @@ def test_swapped_operands_are_rewired() -> None:
     node.args = (node.args[1], node.args[0])
     (change,) = diff(net(), after).nodes
     assert [detail.name for detail in change.details] == ["self", "other"]
+
+
+def test_shapes_alone_rewire_nothing() -> None:
+    """Query nodes that come to look like the key nodes of before are still the query's."""
+    found = diff(llama(), pruned(llama(), 2))
+    assert found.changed
+    assert not found.rewired
+    assert not found.added
+    assert not found.removed
 
 
 class Flat(nn.Module):
@@ -388,6 +399,37 @@ def _edited(program: Program, edits: list[Edit]) -> Program:
 def test_law_mirror(first: list[Edit], second: list[Edit]) -> None:
     before, after = _edited(net(2), first), _edited(net(2), second)
     assert contents(mirror(diff(before, after))) == contents(diff(after, before))
+
+
+@functools.cache
+def identity() -> Program:
+    return program_of(nn.Identity(), {"input": torch.ones(2, 3)}, {"input": ("batch", 3)})
+
+
+def chain(ops: list[int]) -> Program:
+    """Unary ops one after the other, at the top level."""
+    program = identity().copy()
+    node = program.placeholders[0]
+    for op in ops:
+        node = insert_behind(node, _UNARY[op])
+    return program
+
+
+CHAINS = st.lists(st.integers(0, len(_UNARY) - 1), max_size=8)
+
+
+@settings(max_examples=60, deadline=None)
+@given(CHAINS, CHAINS)
+def test_law_chains(first: list[int], second: list[int]) -> None:
+    found = diff(chain(first), chain(second))
+    assert contents(mirror(found)) == contents(diff(chain(second), chain(first)))
+    assert ops_of(found.removed) == Counter(first) - Counter(second)
+    assert ops_of(found.added) == Counter(second) - Counter(first)
+
+
+def ops_of(changes: Iterable[NodeChange]) -> Counter[int]:
+    names = [op.name().replace("::", ".") for op in _UNARY]
+    return Counter(names.index(change.view.op) for change in changes)
 
 
 @settings(max_examples=25, deadline=None)

@@ -115,6 +115,19 @@ def test_padding_defaults_to_the_first_end_token() -> None:
     assert torch.equal(run(steps(), **padded(), max_new_tokens=8, eos_token_id=ends), expected)
 
 
+def test_padding_is_not_penalized_as_repetition() -> None:
+    favourite = new_tokens(PROMPTS[1], 1)[0]
+    arguments: dict[str, Any] = {
+        **padded(), "max_new_tokens": 4, "repetition_penalty": 5.0, "pad_token_id": favourite,
+    }  # fmt: skip
+    arguments["input_ids"] = torch.where(
+        arguments["attention_mask"] == 0, favourite, arguments["input_ids"]
+    )
+    actual = run(steps(), **arguments)
+    assert int(actual[1, 7]) == favourite
+    assert torch.equal(actual, reference(**arguments))
+
+
 def test_generation_stops_when_all_rows_have_ended() -> None:
     end = new_tokens(PROMPTS[0], 3)[2]
     model = steps(eos_token_ids=(end,))
@@ -369,9 +382,10 @@ def test_bytes_of_tokens_join_to_the_decoded_text(make: Callable[[], Any]) -> No
 
 def test_added_tokens_stand_for_their_own_text() -> None:
     tokenizer = byte_level_tokenizer()
-    added = tokenizer.convert_tokens_to_ids("  é  ")
     vocabulary = Vocabulary(tokenizer)
-    assert vocabulary.bytes_of(added).decode() == "  é  "
+    # All letters of the second one also stand for bytes, but in an added token they are letters.
+    for text in ("  é  ", "naïf"):
+        assert vocabulary.bytes_of(tokenizer.convert_tokens_to_ids(text)).decode() == text
     assert vocabulary.bytes_of(tokenizer.eos_token_id) == b"<|end|>"
 
 

@@ -153,6 +153,19 @@ def test_default_number_of_tokens_is_transformers(original: Any) -> None:
     assert torch.equal(cast(Tensor, as_transformers(CompiledDouble()).generate(ids)), expected)
 
 
+def test_default_candidates_are_transformers() -> None:
+    """transformers samples from the 50 likeliest tokens unless told otherwise."""
+    compiled = CompiledDouble()
+    ids = torch.tensor([[5, 6, 7]])
+    options: dict[str, Any] = {"max_new_tokens": 30, "do_sample": True, "temperature": 3.0}
+    drawn: list[Tensor] = []
+    for top_k in (None, 50, 0):
+        cast(Any, torch).manual_seed(0)
+        drawn.append(cast(Any, as_transformers(compiled)).generate(ids, top_k=top_k, **options))
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
 def test_empty_prompt_starts_from_the_first_token() -> None:
     model = as_transformers(CompiledDouble())
     expected = cast(Tensor, model.generate(torch.tensor([[END]]), max_new_tokens=3))
