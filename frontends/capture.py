@@ -45,7 +45,9 @@ def capture(
         return model
     if isinstance(model, (str, Path)):
         if sources.is_program(model):
-            return Program.load(model)
+            program = Program.load(model)
+            program.origin.pop("backend", None)
+            return program
         loaded = sources.load(model, model_class)
         program = capture(loaded.model, example, dynamic=dynamic)
         loaded.fill(program)
@@ -68,13 +70,17 @@ def _capture_module(
     values = inputs.example_values(model, specs, example)
     if not transformers_hooks.is_transformers(model):
         return raising.raise_ops(exporting.export(model, specs, values))
-    with transformers_hooks.emit_ops(model):
-        program = raising.raise_ops(exporting.export(model, specs, values))
-    if raising.has_loose_masks(program):
-        # The model adds masks to scores of its own making, so it needs them in its own format.
-        with transformers_hooks.emit_recurrences(model):
+    try:
+        with transformers_hooks.emit_ops(model):
             program = raising.raise_ops(exporting.export(model, specs, values))
-    return program
+        if not raising.has_loose_masks(program):
+            return program
+    except transformers_hooks.UnknownAttentionError:
+        pass
+    # The model makes scores of its own, or passes more than the op takes; its attention is
+    # captured as it is written, with masks in its own format.
+    with transformers_hooks.emit_recurrences(model):
+        return raising.raise_ops(exporting.export(model, specs, values))
 
 
 __all__ = ["Input", "capture"]

@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import re
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -17,10 +17,16 @@ from torch.fx import GraphModule, Node
 
 from fxgraft import graph as graphs
 from fxgraft.errors import CaptureError
+from fxgraft.frontends import frozen_sizes
 from fxgraft.kernels.spec import dims
 from fxgraft.program import Input, Program, Range
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in \S+\s*\n\s*(?P<code>[^\n]*)')
+
+_FROZEN_REMEDY = (
+    "the model branches on this size or loops over it; rewrite that line, or leave the dimension "
+    "out of `dynamic`, so that it is fixed knowingly"
+)
 
 
 def export(
@@ -31,12 +37,8 @@ def export(
     Raises:
         CaptureError: with the module path and source line where the capture failed.
     """
-    was_training = model.training
-    model.eval()
-    try:
+    with _evaluating(model):
         exported = _run(model, specs, values)
-    finally:
-        model.train(was_training)
     program = _to_program(model, exported, specs)
     _check_dynamic(program)
     return program
@@ -57,19 +59,34 @@ def _run(
     if "use_cache" in inspect.signature(model.forward).parameters:
         keywords["use_cache"] = False
     dynamic |= {name: None for name in keywords if name not in dynamic}  # pyright: ignore[reportAssignmentType]
-    try:
-        with torch.no_grad(), _no_cache(model):
-            return torch.export.export(
-                model, (), keywords, dynamic_shapes=dynamic, strict=False
-            )
-    except CaptureError:
-        raise
-    except Exception as error:
-        raise _capture_error(model, error) from error
+    with torch.no_grad(), _no_cache(model), frozen_sizes.watch(model) as frozen:
+        try:
+            return torch.export.export(model, (), keywords, dynamic_shapes=dynamic, strict=False)
+        except CaptureError:
+            raise
+        except Exception as error:
+            lost = frozen.explain(str(error), specs)
+            if lost:
+                raise CaptureError(
+                    f"cannot capture {type(model).__name__}: {lost}", _FROZEN_REMEDY
+                ) from error
+            raise _capture_error(model, error) from error
 
 
 @contextlib.contextmanager
-def _no_cache(model: nn.Module) -> Iterator[None]:
+def _evaluating(model: nn.Module) -> Generator[None]:
+    """Evaluation mode; afterwards each module, frozen ones too, has the mode that it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextlib.contextmanager
+def _no_cache(model: nn.Module) -> Generator[None]:
     """A cache cannot be captured; state is inserted afterwards."""
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     users: list[Any] = [config for config in configs.values() if hasattr(config, "use_cache")]
@@ -88,7 +105,7 @@ def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
-        if "/torch/" not in frame.filename and "fxgraft" not in frame.filename.split("/")[-3:]
+        if not frozen_sizes.is_library(frame.filename)
     ]
     place = f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else "unknown"
     path = _module_path(model, error)
@@ -98,8 +115,8 @@ def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
             "the branch depends on tensor values; replace it with torch.where or torch.cond, or "
             "decide it outside the model"
         )
-    elif "Constraints violated" in text or "specialized" in text:
-        remedy = "the model fixes a dynamic size; give `dynamic` without that dimension"
+    elif "Constraints violated" in text:
+        remedy = "the model restricts a dynamic size; leave that dimension out of `dynamic`"
     else:
         remedy = "make this line traceable by torch.export, or capture a part of the model"
     return CaptureError(
@@ -111,7 +128,8 @@ def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
 
 def _module_path(model: nn.Module, error: Exception) -> str:
     """Dotted path of the innermost module whose forward is on the error's call stack."""
-    names = {id(module): name for name, module in model.named_modules()}
+    modules = cast("Iterator[tuple[str, nn.Module]]", model.named_modules())
+    names = {id(module): name for name, module in modules}
     found = ""
     frame = error.__traceback__
     while frame is not None:
@@ -129,14 +147,17 @@ def _to_program(
     weights: dict[str, torch.Tensor] = {}
     kept: dict[str, Input] = {spec.name: spec for spec in specs}
     order: list[Input] = []
+    tied = _tied_names(model)
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     for node, spec in zip(placeholders, exported.graph_signature.input_specs, strict=True):
         if spec.kind == InputKind.USER_INPUT:
             _keep_input(graph, node, kept, order)
             continue
         assert spec.target is not None
-        weights[spec.target] = _stored(exported, spec.target)
-        _read_weight(graph, node, spec.target)
+        for name, users in _readers(node, tied.get(spec.target, [spec.target])).items():
+            weights[name] = _stored(exported, spec.target)
+            _read_weight(graph, node, name, users)
+        graph.erase_node(node)
     names, kind = _outputs(exported, graph)
     for node in graph.nodes:
         _describe(node)
@@ -156,16 +177,31 @@ def _stored(exported: torch.export.ExportedProgram, name: str) -> torch.Tensor:
     return cast(torch.Tensor, exported.constants[name])
 
 
-def _read_weight(graph: torch.fx.Graph, node: Node, target: str) -> None:
-    if not node.users:
-        graph.erase_node(node)
-        return
-    with graph.inserting_before(next(n for n in graph.nodes if n in node.users)):
-        read = graph.create_node("get_attr", target)
+def _tied_names(model: nn.Module) -> dict[str, list[str]]:
+    """All names of each parameter, by each of them."""
+    names: dict[int, list[str]] = {}
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(weight), []).append(name)
+    return {name: group for group in names.values() for name in group}
+
+
+def _readers(node: Node, names: list[str]) -> dict[str, list[Node]]:
+    """Who reads a weight, by the name that it has in the reader's module; export knows but one."""
+    readers: dict[str, list[Node]] = {}
+    for user in node.users:
+        module = _innermost_module(user)
+        own = next((name for name in names if name.rpartition(".")[0] == module), names[0])
+        readers.setdefault(own, []).append(user)
+    return readers
+
+
+def _read_weight(graph: torch.fx.Graph, node: Node, name: str, users: list[Node]) -> None:
+    with graph.inserting_before(min(users)):
+        read = graph.create_node("get_attr", name)
     read.meta["val"] = node.meta["val"]
-    read.meta["module"] = target.rpartition(".")[0]
-    node.replace_all_uses_with(read)
-    graph.erase_node(node)
+    read.meta["module"] = name.rpartition(".")[0]
+    for user in users:
+        user.replace_input_with(node, read)
 
 
 def _keep_input(
@@ -191,7 +227,9 @@ def _outputs(
         for value, spec in zip(values, exported.graph_signature.output_specs, strict=True)
         if spec.kind == OutputKind.USER_OUTPUT
     ]
-    structure = pytree.tree_unflatten(list(range(len(user))), exported.call_spec.out_spec)
+    structure = pytree.tree_unflatten(
+        list(range(len(user))), cast(pytree.TreeSpec, exported.call_spec.out_spec)
+    )
     kind = "mapping" if isinstance(structure, Mapping) else "tuple"
     kind = "tensor" if isinstance(structure, int) else kind
     names: dict[int, str] = {}
@@ -237,24 +275,34 @@ def _innermost_module(node: Node) -> str:
     if not stack:
         return ""
     path, _ = list(stack.values())[-1]
+    if str(path).startswith("_empty_nn_module_stack"):
+        return ""
     return re.sub(r"^L\['self'\]\.?", "", str(path)).split("@")[0]
 
 
 def _ranges(
     exported: torch.export.ExportedProgram, specs: list[Input], graph: torch.fx.Graph
 ) -> dict[str, Range]:
+    """Sizes for which the graph computes what the model does, over all inputs that share a name."""
     ranges: dict[str, Range] = {}
     nodes = [node for node in graph.nodes if node.op == "placeholder"]
     for spec, node in zip(specs, nodes, strict=True):
         for name, size in zip(spec.shape, dims(node), strict=True):
             if not isinstance(name, str):
                 continue
-            bounds = exported.range_constraints.get(size)  # pyright: ignore[reportArgumentType,reportCallIssue]
-            upper = getattr(bounds, "upper", None)
-            finite = upper is not None and getattr(upper, "is_Integer", False)
-            maximum = int(upper) if finite and int(upper) < 2**31 else None  # pyright: ignore[reportArgumentType]
-            ranges.setdefault(name, Range(1, maximum))
+            bounds = cast(Any, exported).range_constraints.get(size)
+            ranges[name] = _narrowed(ranges.get(name, Range()), bounds)
     return ranges
+
+
+def _narrowed(known: Range, bounds: Any) -> Range:
+    """The sizes in both; export says 2 where it only means that 1 was not tried."""
+    lower, upper = (getattr(bounds, side, None) for side in ("lower", "upper"))
+    minimum = int(lower) if getattr(lower, "is_Integer", False) and int(lower) > 2 else 1  # pyright: ignore[reportArgumentType]
+    maxima = [known.maximum] if known.maximum is not None else []
+    if getattr(upper, "is_Integer", False) and int(upper) < 2**31:  # pyright: ignore[reportArgumentType]
+        maxima.append(int(upper))  # pyright: ignore[reportArgumentType]
+    return Range(max(known.minimum, minimum), min(maxima, default=None))
 
 
 def _check_dynamic(program: Program) -> None:
@@ -268,8 +316,7 @@ def _check_dynamic(program: Program) -> None:
             if isinstance(name, str) and not size.free_symbols:
                 raise CaptureError(
                     f"dimension {name!r} (axis {axis} of input {spec.name!r}) was frozen to {size}",
-                    "the model branches on this size or loops over it; capture it with a fixed "
-                    f"{name} by leaving it out of `dynamic`, or rewrite that module",
+                    _FROZEN_REMEDY,
                 )
 
 

@@ -34,30 +34,62 @@ def describe(
         InputError: no example for a module whose inputs are not known, or one that does not fit.
     """
     if example is None:
+        if dynamic is not None:
+            raise InputError("argument 'dynamic' is given without 'example'", "give both")
         return _known_inputs(model)
     values = named(model, example)
-    for name in dynamic or {}:
-        if name not in values:
-            raise InputError(
-                f"argument 'dynamic' names {name!r}, which is no input of the example",
-                f"the example's inputs are: {', '.join(values)}",
-            )
+    _check_dynamic(values, dynamic or {})
     return tuple(_describe_value(model, name, value, dynamic) for name, value in values.items())
 
 
 def named(
     model: nn.Module, example: Mapping[str, torch.Tensor] | tuple[torch.Tensor, ...]
 ) -> dict[str, torch.Tensor]:
-    """Example values by the parameter names of the model's ``forward``."""
-    if isinstance(example, Mapping):
-        return dict(example)
-    names = list(inspect.signature(model.forward).parameters)
-    if len(example) > len(names):
+    """Example values by the parameter names of the model's ``forward``.
+
+    Raises:
+        InputError: they are no tensors, or ``forward`` cannot be called with them.
+    """
+    signature = inspect.signature(model.forward)
+    try:
+        if isinstance(example, Mapping):
+            signature.bind(**example)
+            values = dict(example)
+        elif isinstance(example, (tuple, list)):  # pyright: ignore[reportUnnecessaryIsInstance]
+            values = dict(signature.bind(*example).arguments)
+        else:
+            raise InputError(
+                f"argument 'example' is a {type(example).__name__}",
+                "give a tuple of tensors, or tensors by name: {'x': torch.randn(2, 3)}",
+            )
+    except TypeError as error:
         raise InputError(
-            f"argument 'example' has {len(example)} tensors, forward takes {len(names)}",
-            f"its parameters are: {', '.join(names)}",
-        )
-    return dict(zip(names, example, strict=False))
+            f"argument 'example' does not fit {type(model).__name__}.forward: {error}",
+            f"its parameters are: {', '.join(signature.parameters)}",
+        ) from error
+    for name, value in values.items():
+        if not isinstance(value, torch.Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InputError(f"example input {name!r} is a {type(value).__name__}", "give a tensor")
+    return values
+
+
+def _check_dynamic(
+    values: Mapping[str, torch.Tensor], dynamic: Mapping[str, Mapping[int, str]]
+) -> None:
+    for name, axes in dynamic.items():
+        if name not in values:
+            raise InputError(
+                f"argument 'dynamic' names {name!r}, which is no input of the example",
+                f"the example's inputs are: {', '.join(values)}",
+            )
+        count = values[name].dim()
+        wrong = [axis for axis in axes if axis not in range(count)]
+        if wrong:
+            raise InputError(
+                f"argument 'dynamic' names axis {wrong[0]} of input {name!r}, which has {count} "
+                "dimensions",
+                f"give axes from 0 to {count - 1}",
+            )
 
 
 def _describe_value(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +13,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from fxgraft import graph as graphs
 from fxgraft.errors import InputError
+from fxgraft.placement import retarget
 from fxgraft.program import Program
 from fxgraft.sources import resolve
 
@@ -47,11 +49,12 @@ def load(source: str | Path, model_class: str | None = None) -> Loaded:
         InputError: it does not exist, is damaged, or is no model.
     """
     found = resolve(source)
-    if isinstance(found, Path):
+    if isinstance(found, Path) and found.exists():
         return _load_gguf(found, source) if found.is_file() else _load_folder(found, model_class)
-    if str(source).endswith(".gguf") or str(source).startswith((".", "/", "~")):
+    is_path = isinstance(source, Path) or source.endswith(".gguf") or source[:1] in (".", "/", "~")
+    if is_path:
         raise InputError(f"argument 'model': {str(source)!r} does not exist", "check the path")
-    return _load_hub(str(found), model_class)
+    return _load_hub(source, model_class)
 
 
 def _keep(program: Program) -> None:
@@ -89,10 +92,14 @@ def _load_gguf(file: Path, name: str | Path) -> Loaded:
 
 
 @contextlib.contextmanager
-def _gguf_read_once(gguf: Any) -> Iterator[None]:
+def _gguf_read_once(gguf: Any) -> Generator[None]:
     """Let transformers parse the file and build its table of names once instead of many times."""
     reader, name_map = gguf.GGUFReader, gguf.get_tensor_name_map
-    gguf.GGUFReader = functools.cache(lambda path, mode="r": reader(path, mode))
+
+    def open_file(path: str, mode: str = "r") -> Any:
+        return reader(path, mode)
+
+    gguf.GGUFReader = functools.cache(open_file)
     gguf.get_tensor_name_map = functools.cache(name_map)
     try:
         yield
@@ -125,7 +132,7 @@ def _load_hub(name: str, model_class: str | None) -> Loaded:
 
     patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
     try:
-        folder = Path(snapshot_download(name, allow_patterns=patterns))
+        folder = Path(cast(Any, snapshot_download)(name, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
             f"argument 'model': {name!r} is no local path and cannot be fetched from the hub: "
@@ -145,29 +152,39 @@ def _load_transformers(folder: Path, model_class: str | None, name: str | Path) 
     files = weight_files(folder)
     loader = _loader(config, model_class)
     dtype = getattr(config, "dtype", None) or torch.float32
-    with _parameters_on_meta():
-        model = cast(Any, loader).from_config(config, dtype=dtype)
+    try:
+        with _parameters_on_meta():
+            model = loader.from_config(config, dtype=dtype)
+    except Exception as error:  # whatever a model class raises on values that it does not expect
+        raise InputError(
+            f"{folder}/config.json describes no model that can be built: {error}",
+            "repair it, or name another class with `model_class`",
+        ) from error
     made = dict(model.named_buffers(remove_duplicate=False))
     model.to("meta").eval()
     return Loaded(model, lambda program: _fill(program, files, made, folder, loader), str(name))
 
 
 @contextlib.contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Build modules without storage for their parameters; buffers are computed as usual."""
-    register = nn.Module.register_parameter
+def _parameters_on_meta() -> Generator[None]:
+    """Build modules without storage for their parameters; buffers are computed as usual.
 
-    def on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+    A parameter that two modules share stays one.
+    """
+    kind = cast(Any, nn.Module)
+    register = kind.register_parameter
+
+    def on_meta(module: Any, name: str, param: nn.Parameter | None) -> None:
         register(module, name, param)
-        if param is not None:
+        if param is not None and not param.is_meta:
             meta = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
             module._parameters[name] = meta
 
-    nn.Module.register_parameter = on_meta
+    kind.register_parameter = on_meta
     try:
         yield
     finally:
-        nn.Module.register_parameter = register
+        kind.register_parameter = register
 
 
 def _loader(config: Any, model_class: str | None) -> Any:
@@ -180,7 +197,7 @@ def _loader(config: Any, model_class: str | None) -> Any:
                 "give a class such as 'AutoModelForCausalLM'",
             )
         return getattr(transformers, model_class)
-    for architecture in getattr(config, "architectures", None) or []:
+    for architecture in cast("list[str]", getattr(config, "architectures", None) or []):
         found = getattr(transformers, architecture, None)
         if found is not None and hasattr(found, "_from_config"):
             return _ByArchitecture(found)
@@ -196,20 +213,24 @@ class _ByArchitecture:
     def from_config(self, config: Any, dtype: torch.dtype) -> nn.Module:
         return self.architecture._from_config(config, dtype=dtype)
 
-    def from_pretrained(self, folder: Path, dtype: torch.dtype | str) -> nn.Module:
-        return self.architecture.from_pretrained(folder, dtype=dtype, low_cpu_mem_usage=True)
+    def from_pretrained(self, folder: Path, **options: Any) -> Any:
+        return self.architecture.from_pretrained(folder, **options)
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder, each checked to be complete.
 
     Raises:
-        InputError: there are none, one named by the index is missing, or one is truncated.
+        InputError: there are none, one named by the index is missing, one is truncated, or the
+            index is damaged.
     """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        files = [folder / name for name in names]
+        try:
+            names = set(json.loads(index.read_text())["weight_map"].values())
+            files = [folder / name for name in sorted(names)]
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise InputError(f"{index} is damaged: {error}", "download it again") from error
     else:
         files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -250,35 +271,69 @@ def _fill(
     Names that the checkpoint spells differently (fused experts, renamed prefixes, tied weights)
     come from transformers' own loading.
     """
-    stored: dict[str, tuple[Any, str]] = {}
+    stored: dict[str, Any] = {}
     for file in files:
         reader = open_safetensors(file)
-        for key in reader.keys():  # noqa: SIM118
-            stored[key] = (reader, key)
-    wanted = dict(program.weights())
-    missing = [name for name in wanted if name not in stored and name not in made]
-    loaded = _load_whole(folder, loader) if missing else {}
-    for name, meta in wanted.items():
-        if name in loaded:
-            value = loaded[name]
-        elif name in stored:
-            reader, key = stored[name]
-            value = reader.get_tensor(key)
-        elif name in made:
-            value = made[name]
-        else:
-            raise InputError(f"{folder} has no weight {name!r}", "use a complete checkpoint")
+        stored |= dict.fromkeys(reader.keys(), reader)
+    groups = _shared_names(program)
+    lost = [names[0] for names in groups if not (set(names) & (stored.keys() | made.keys()))]
+    loaded = _load_whole(folder, loader, lost) if lost else {}
+    for names in groups:
+        meta = program.weight(names[0])
+        value = _find(names, loaded, stored, made)
         if value.shape != meta.shape:
             raise InputError(
-                f"weight {name!r} in {folder} has shape {tuple(value.shape)}, "
+                f"weight {names[0]!r} in {folder} has shape {tuple(value.shape)}, "
                 f"the model needs {tuple(meta.shape)}",
                 "use the checkpoint that belongs to this config.json",
             )
-        keep = isinstance(meta, nn.Parameter)
         value = value.to(meta.dtype)
-        program.set_weight(name, nn.Parameter(value, requires_grad=False) if keep else value)
+        keep = isinstance(meta, nn.Parameter)
+        weight = nn.Parameter(value, requires_grad=False) if keep else value
+        for name in names:
+            graphs.set_weight(program.graph_module, name, weight)
+    retarget(program, torch.device("cpu"))
 
 
-def _load_whole(folder: Path, loader: Any) -> dict[str, torch.Tensor]:
-    model = loader.from_pretrained(folder, dtype="auto").eval()
+def _shared_names(program: Program) -> list[list[str]]:
+    """The names of each weight: more than one where weights are tied."""
+    groups: dict[int, list[str]] = {}
+    for name, weight in program.weights():
+        groups.setdefault(id(weight), []).append(name)
+    return list(groups.values())
+
+
+def _find(
+    names: list[str],
+    loaded: dict[str, torch.Tensor],
+    stored: dict[str, Any],
+    made: dict[str, torch.Tensor],
+) -> torch.Tensor:
+    """A weight's value under any of its names."""
+    for name in names:
+        if name in loaded:
+            return loaded[name]
+        if name in stored:
+            return stored[name].get_tensor(name)
+    return next(made[name] for name in names if name in made)
+
+
+def _load_whole(folder: Path, loader: Any, lost: list[str]) -> dict[str, torch.Tensor]:
+    """All weights as transformers loads them, which converts those spelled or laid out otherwise.
+
+    Raises:
+        InputError: it finds no values for some of ``lost`` either, or shapes do not fit.
+    """
+    try:
+        model, report = loader.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise InputError(
+            f"the weights in {folder} do not fit its config.json: {error}",
+            "use the checkpoint that belongs to this config.json",
+        ) from error
+    missing = report["missing_keys"] | {key for key, *_ in report["mismatched_keys"]}
+    for name in lost:
+        if name in missing:
+            raise InputError(f"{folder} has no weight {name!r}", "use a complete checkpoint")
+    model.eval()
     return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}

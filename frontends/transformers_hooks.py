@@ -27,6 +27,10 @@ _IGNORED = frozenset({
 })  # fmt: skip
 
 
+class UnknownAttentionError(CaptureError):
+    """A model gives its attention something that ``fxgraft::attention`` has no argument for."""
+
+
 def is_transformers(model: nn.Module) -> bool:
     """Whether the model is a transformers model."""
     return hasattr(model, "set_attn_implementation") and hasattr(model, "config")
@@ -97,7 +101,7 @@ def _attention(
     """transformers' attention interface: [B, H, S, D] in, [B, S, H, D] out."""
     unknown = [k for k, v in kwargs.items() if v is not None and k not in _IGNORED]
     if unknown:
-        raise CaptureError(
+        raise UnknownAttentionError(
             f"{type(module).__name__} passes {', '.join(sorted(unknown))} to its attention, "
             "which fxgraft::attention does not know",
             "capture the model with attn_implementation='eager', or report the model class",

@@ -80,7 +80,8 @@ class OpSpec:
         states: state the op owns; empty for stateless ops.
         total_dims: arguments that span the whole length (past and new) in a step graph, as
             argument name → dimension.
-        causal: given a node, whether the op lets a token see earlier tokens only.
+        causal: given a node, whether the op lets a token see earlier tokens only; None if that
+            depends on the values of a mask.
         flops: floating-point operations of a node, over the symbols in its ``meta["val"]``.
     """
 
@@ -90,7 +91,7 @@ class OpSpec:
     flops: Callable[[Node], Expr]
     states: tuple[State, ...] = ()
     total_dims: Mapping[str, int] = field(default_factory=dict[str, int])
-    causal: Callable[[Node], bool] = lambda node: True
+    causal: Callable[[Node], bool | None] = lambda node: True
 
     @property
     def overload(self) -> torch._ops.OpOverload:

@@ -9,32 +9,41 @@ Rules, applied as nodes are built:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
+from typing import cast
 
-import sympy
+import sympy  # pyright: ignore[reportMissingTypeStubs]
 import torch
-from torch import Tensor
 from torch.utils._sympy import functions as symbolic
 
 from fxgraft.backends.onnx.builder import Builder, Value
 from fxgraft.backends.onnx.types import element_type, stored_dtype
-from fxgraft.errors import LoweringError
+from fxgraft.errors import Error
 
 Dims = Sequence[sympy.Expr]
-_OPERATORS: dict[type, str] = {
+ZERO = cast(sympy.Expr, sympy.Integer(0))
+ONE = cast(sympy.Expr, sympy.Integer(1))
+# Operators of sizes whose operands may change places, and those whose may not.
+_SORTED: dict[type, str] = {
     sympy.Add: "Add",
     sympy.Mul: "Mul",
     sympy.Max: "Max",
     sympy.Min: "Min",
     symbolic.Max: "Max",
     symbolic.Min: "Min",
+}
+_ORDERED: dict[type, str] = {
     symbolic.FloorDiv: "Div",
     symbolic.CleanDiv: "Div",
     symbolic.Mod: "Mod",
     symbolic.PythonMod: "Mod",
 }
+# Fixed tables of more elements are computed when the model runs.
+_LARGEST_CONSTANT = 65536
 _END = torch.iinfo(torch.int64).max
 
 
@@ -59,10 +68,14 @@ class Assembler(Builder):
         return replace(self, parent=self, nodes=[], ops=set(), _known={}, _reshaped={})
 
     def note_sizes(self, value: Value, dims: Dims) -> None:
-        """Remember where symbolic dimensions can be read."""
+        """Remember where symbolic dimensions can be read: from inputs, else the latest value."""
         for axis, size in enumerate(dims):
-            if isinstance(size, sympy.Symbol):
-                self.symbols.setdefault(size, (value, axis))
+            if isinstance(size, sympy.Symbol) and not self._is_read_from_input(size):
+                self.symbols[size] = (value, axis)
+
+    def _is_read_from_input(self, size: sympy.Symbol) -> bool:
+        known = self.symbols.get(size)
+        return known is not None and known[0].producer is None
 
     def vector(self, sizes: Dims) -> Value:
         """Sizes as an int64 vector."""
@@ -78,28 +91,30 @@ class Assembler(Builder):
             return self.constant(int(size), torch.int64, "integer")
         return self.call("Squeeze", self._one(size), self.integers(0))
 
-    def _one(self, size: sympy.Expr) -> Value:
-        if size.is_Integer:
+    def _one(self, size: sympy.Basic) -> Value:
+        """A size as a vector of one entry."""
+        if isinstance(size, sympy.Integer):
             return self.integers(int(size))
         if isinstance(size, sympy.Symbol) and size in self.symbols:
-            value, axis = self.symbols[size]
-            if axis is None:
-                return self.call("Reshape", value, self.integers(1), dtype=torch.int64)
-            return self.call("Shape", value, dtype=torch.int64, start=axis, end=axis + 1)
-        if isinstance(size, sympy.Pow) and size.exp.is_Integer and size.exp > 0:
-            return reduce(self._times, [self._one(size.base)] * int(size.exp))
-        operator = _OPERATORS.get(type(size))
-        if operator is None:
-            raise LoweringError(
-                f"the size {size} cannot be computed from the inputs' shapes",
-                "give that dimension a fixed size, or avoid this shape arithmetic",
-            )
-        parts = [self._one(part) for part in sorted(size.args, key=str)] \
-            if operator in ("Add", "Mul", "Max", "Min") else [self._one(part) for part in size.args]
-        return reduce(lambda left, right: self.call(operator, left, right), parts)
+            return self._read(*self.symbols[size])
+        if isinstance(size, sympy.Pow) and isinstance(size.exp, sympy.Integer) and size.exp > 0:
+            return self._chain("Mul", [size.base] * int(size.exp))
+        if type(size) in _SORTED:
+            return self._chain(_SORTED[type(size)], sorted(size.args, key=str))
+        if type(size) in _ORDERED:
+            return self._chain(_ORDERED[type(size)], size.args)
+        raise Error(
+            f"the size {size} cannot be computed from the inputs' shapes",
+            "give that dimension a fixed size, or avoid this shape arithmetic",
+        )
 
-    def _times(self, left: Value, right: Value) -> Value:
-        return self.call("Mul", left, right)
+    def _read(self, value: Value, axis: int | None) -> Value:
+        if axis is None:
+            return self.call("Reshape", value, self.integers(1))
+        return self.call("Shape", value, dtype=torch.int64, start=axis, end=axis + 1)
+
+    def _chain(self, op: str, sizes: Iterable[sympy.Basic]) -> Value:
+        return reduce(lambda left, right: self.call(op, left, right), map(self._one, sizes))
 
     def cast(self, value: Value, dtype: torch.dtype) -> Value:
         """``value`` with another element type."""
@@ -113,10 +128,12 @@ class Assembler(Builder):
         if tuple(source) == tuple(target):
             return value
         if value.constant is not None and _are_numbers(target):
-            return self._rearranged(value, value.constant.reshape([int(size) for size in target]))
+            shaped = value.constant.reshape([int(size) for size in target])
+            return self.constant(shaped, value.dtype, f"{value.name}.reshaped")
         shape = _reshape_numbers(source, target)
         sizes = self.vector(target) if shape is None else self.integers(*shape)
-        result = self.call("Reshape", value, sizes)
+        empty = 1 if ZERO in target else None
+        result = self.call("Reshape", value, sizes, allowzero=empty)
         self._reshaped[result] = (value, tuple(source))
         return result
 
@@ -127,7 +144,8 @@ class Assembler(Builder):
         if moved == sorted(moved):
             return self.reshape(value, dims, [dims[axis] for axis in order])
         if value.constant is not None:
-            return self._rearranged(value, value.constant.permute(order))
+            turned = value.constant.permute(order)
+            return self.constant(turned, value.dtype, f"{value.name}.transposed")
         producer = value.producer
         if producer is not None and producer.op == "Transpose" and producer.inputs[0] is not None:
             inner = producer.attributes["perm"]
@@ -138,17 +156,28 @@ class Assembler(Builder):
             return self.call("Transpose", producer.inputs[0], perm=tuple(order))
         return self.call("Transpose", value, perm=tuple(order))
 
-    def _rearranged(self, value: Value, tensor: Tensor) -> Value:
-        return self.constant(tensor, value.dtype, f"{value.name}.rearranged")
-
     def unsqueeze(self, value: Value, dims: Dims, *axes: int) -> Value:
         """Insert dimensions of size 1 at these places of the result."""
         target = list(dims)
         for axis in sorted(axis % (len(dims) + len(axes)) for axis in axes):
-            target.insert(axis, sympy.Integer(1))
+            target.insert(axis, ONE)
         if _reshape_numbers(dims, target) is not None:
             return self.reshape(value, dims, target)
         return self.call("Unsqueeze", value, self.integers(*axes))
+
+    def squeeze(self, value: Value, dims: Dims, *axes: int) -> Value:
+        """Drop these dimensions, which are 1."""
+        target = [size for axis, size in enumerate(dims) if axis not in axes]
+        if _reshape_numbers(dims, target) is not None:
+            return self.reshape(value, dims, target)
+        return self.call("Squeeze", value, self.integers(*axes))
+
+    def full(self, dims: Dims, number: float, dtype: torch.dtype) -> Value:
+        """A tensor that holds one number everywhere."""
+        dtype = stored_dtype(dtype)
+        if _are_numbers(dims) and math.prod(map(int, dims)) <= _LARGEST_CONSTANT:
+            return self.constant(torch.full([int(size) for size in dims], number, dtype=dtype))
+        return self.expand(self.constant(number, dtype, "number"), (), dims)
 
     def expand(self, value: Value, source: Dims, target: Dims) -> Value:
         """Broadcast to the dimensions ``target``."""
@@ -172,7 +201,12 @@ class Assembler(Builder):
         start, end = sympy.sympify(start), sympy.sympify(end)
         if start.is_Integer and end.is_Integer:
             return self.constant(torch.arange(int(start), int(end)), name="range")
-        return self.call("Range", *map(self.scalar, (start, end)), self.scalar(sympy.Integer(1)))
+        return self.call("Range", *map(self.scalar, (start, end)), self.scalar(ONE))
+
+
+def product(sizes: Iterable[sympy.Expr]) -> sympy.Expr:
+    """The product of sizes."""
+    return reduce(operator.mul, sizes, ONE)
 
 
 def _are_numbers(dims: Dims) -> bool:
@@ -191,6 +225,6 @@ def _reshape_numbers(source: Dims, target: Dims) -> list[int] | None:
         else:
             numbers.append(-1)
     # A static 0 would be read as "keep".
-    if numbers.count(-1) > 1 or any(size == 0 for size in target):
+    if numbers.count(-1) > 1 or ZERO in target:
         return None
     return numbers

@@ -30,6 +30,7 @@ class Value:
         scope: the builder whose graph it belongs to.
         producer: the node that computes it; None for inputs and constants.
         constant: its data, if it is a constant.
+        shape: of a body's input, where its rank must be told; None for other values.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Value:
     scope: Builder
     producer: OnnxNode | None = None
     constant: Tensor | None = None
+    shape: tuple[int | str, ...] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,9 +108,14 @@ class Builder:
         """All constants of the model."""
         return list(self.root._constants.values())
 
-    def input(self, dtype: torch.dtype | None, name: str = "item") -> Value:
+    def input(
+        self,
+        dtype: torch.dtype | None,
+        name: str = "item",
+        shape: tuple[int | str, ...] | None = None,
+    ) -> Value:
         """An input of this graph."""
-        return Value(self._name(name), dtype and stored_dtype(dtype), self)
+        return Value(self._name(name), dtype and stored_dtype(dtype), self, shape=shape)
 
     def constant(
         self,
@@ -199,11 +206,30 @@ class Builder:
         self.nodes.append(node)
         return outputs
 
+    def outputs(self, values: Sequence[Value], names: Sequence[str] = ()) -> tuple[Value, ...]:
+        """Values that may be this graph's outputs: each computed by a node of it, none twice.
+
+        Args:
+            values: the outputs.
+            names: what they are to be called, default as they are.
+        """
+        found: list[Value] = []
+        for value in values:
+            mine = value.producer is not None and value.scope is self
+            if not mine or value in found:
+                value = self._add("Identity", (value,), {}, (value.dtype,))[0]
+            found.append(value)
+        for value, name in zip(found, names, strict=False):
+            self.claim(value, name)
+        return tuple(found)
+
+    def reserve(self, name: str) -> None:
+        """Keep a name for an output."""
+        self.root._names.add(name)
+
     def claim(self, value: Value, name: str) -> None:
-        """Give a value a name that nothing else has or gets."""
-        taken = self.root._names
-        taken.discard(value.name)
-        value.name = self._name(name)
+        """Give an output the name that was reserved for it."""
+        value.name = name
 
     def _name(self, wanted: str) -> str:
         root = self.root

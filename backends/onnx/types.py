@@ -6,7 +6,12 @@ import torch
 from onnx import TensorProto
 
 # onnxruntime's CPU provider has no bfloat16 arithmetic; float32 holds every bfloat16 number.
-_STAND_INS = {torch.bfloat16: torch.float32}
+# Complex numbers are pairs.
+_STAND_INS = {
+    torch.bfloat16: torch.float32,
+    torch.complex64: torch.float32,
+    torch.complex128: torch.float64,
+}
 
 ELEMENT_TYPES: dict[torch.dtype, int] = {
     torch.float32: TensorProto.FLOAT,
@@ -19,6 +24,7 @@ ELEMENT_TYPES: dict[torch.dtype, int] = {
     torch.uint8: TensorProto.UINT8,
     torch.bool: TensorProto.BOOL,
 }
+"""Types that onnxruntime computes with on a CPU."""
 
 
 def stored_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -26,13 +26,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 from torch.nn.functional import scaled_dot_product_attention
 
 from fxgraft.errors import InputError
 from fxgraft.kernels.attention import cost, reference
 from fxgraft.kernels.attention.mask import check_lengths, check_rules, visible_keys
 from fxgraft.kernels.define import define
-from fxgraft.kernels.spec import OpSpec, State, argument
+from fxgraft.kernels.spec import OpSpec, State, argument, dims
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -184,6 +185,14 @@ def _folded_attention(
     return output.reshape(batch, heads, length, value.shape[3]).contiguous()
 
 
+def _is_causal(node: Node) -> bool | None:
+    """Unknown where a mask or bias has a row per query: its values decide."""
+    if argument(node, "is_causal"):
+        return True
+    bias = argument(node, "bias")
+    return None if isinstance(bias, Node) and dims(bias)[2] != 1 else False
+
+
 SPEC = define(
     OpSpec(
         name="attention",
@@ -195,7 +204,7 @@ SPEC = define(
             State("value", "value", "grows", dim=2, limit="window"),
         ),
         total_dims={"key_mask": 1, "bias": 3},
-        causal=lambda node: bool(argument(node, "is_causal")),
+        causal=_is_causal,
     ),
     "(Tensor query, Tensor key, Tensor value, Tensor? key_mask=None, Tensor? bias=None, "
     "Tensor? sinks=None, *, float scale, bool is_causal=True, int? window=None, int? chunk=None, "

@@ -20,6 +20,7 @@ from typing import Any, cast
 from torch._prims_common import is_contiguous_or_false
 from torch.fx import Node
 
+from fxgraft import graph as graphs
 from fxgraft.kernels.spec import argument, expr
 from fxgraft.passes.optimize import effects, layouts
 from fxgraft.passes.optimize.matching import (
@@ -100,6 +101,7 @@ def _normalise(node: Node) -> int:
         return 0
     node.target = aten.to.dtype
     node.args, node.kwargs = (before, dtype_of(node)), {}
+    graphs.inherit(node, node)
     return 1
 
 
@@ -130,12 +132,11 @@ def _reshape(node: Node) -> Node | None:
 
 def _layout(node: Node) -> Node | None:
     before = source(node)
-    if before is None:
-        return None
-    if is_contiguous_or_false(layouts.true_value(before)) and _keeps_layout(node, before):
+    if before is None or all(is_call(user, aten.reshape.default) for user in node.users):
+        # Reshape copies where it has to, so a copy made for it alone is one too many.
         return before
-    # Reshape copies where it has to, so a copy made for it alone is one too many.
-    return before if all(is_call(user, aten.reshape.default) for user in node.users) else None
+    is_dense = is_contiguous_or_false(layouts.true_value(before))
+    return before if is_dense and _keeps_layout(node, before) else None
 
 
 def _permute(node: Node) -> Node | None:

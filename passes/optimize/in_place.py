@@ -75,6 +75,7 @@ def _replace(node: Node, functional: Any) -> bool:
         node.target = target
         return False
     node.meta["val"] = value
+    graphs.inherit(node, node)
     if layouts.strides(value) != layouts.strides(before):
         layouts.restride(node.users)
     return True

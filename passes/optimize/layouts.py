@@ -67,4 +67,5 @@ def _evaluate(node: Node) -> Any:
         if not is_call(node, aten.view.default):
             raise
         node.target = aten.reshape.default
+        graphs.inherit(node, node)
         return graphs.evaluate(node)

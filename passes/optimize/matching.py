@@ -14,6 +14,11 @@ from fxgraft.kernels.spec import Expr, argument, dims, expr
 
 aten = torch.ops.aten
 _SPLITS = frozenset({aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default})
+# May turn [..., n, 2] into [..., 2 n]; the shapes have to be looked at.
+FLATTENING = (
+    aten.flatten.using_ints, aten.reshape.default, aten.view.default, aten.reshape_as.default,
+    aten.view_as.default,
+)  # fmt: skip
 
 
 def calls(graph: Graph, *targets: Callable[..., Any]) -> list[Node]:
@@ -188,8 +193,7 @@ def halves(first: object, second: object) -> tuple[Node, bool] | None:
 
 def zipped(node: object) -> tuple[object, object] | None:
     """(a, b) if a node is a and b with alternating channels: ``stack((a, b), -1).flatten(-2)``."""
-    flattened = (aten.flatten.using_ints, aten.reshape.default, aten.view.default)
-    stack = source(node) if is_call(node, *flattened) else None
+    stack = source(node) if is_call(node, *FLATTENING) else None
     if not is_tensor(node) or not is_call(stack, aten.stack.default):
         return None
     if not is_last(stack, argument(stack, "dim")) or dims(node)[:-1] != dims(stack)[:-2]:

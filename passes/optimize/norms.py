@@ -68,18 +68,24 @@ def rewrite(program: Program) -> int:
     Returns:
         How many there were.
     """
-    graph = program.graph
+    graph, count = program.graph, 0
     written = effects.written(graph)
-    found: list[_Norm] = []
     for root in calls(graph, aten.rsqrt.default, aten.sqrt.default, aten.pow.Tensor_Scalar):
-        found += _spelled_out(root)
-    found += [norm for node in calls(graph, aten.rms_norm.default) if (norm := _library(node))]
-    found = [n for n in found if n.x not in written and effects.untouched(n.result, written)]
-    for norm in found:
-        layouts.replace(norm.result, _insert(norm))
-    if found:
+        for norm in _spelled_out(root):
+            count += _fuse(norm, written)
+    for node in calls(graph, aten.rms_norm.default):
+        norm = _library(node)
+        count += norm is not None and _fuse(norm, written)
+    if count:
         effects.drop_unread(graph)
-    return len(found)
+    return count
+
+
+def _fuse(norm: _Norm, written: frozenset[Node]) -> bool:
+    if norm.x in written or not effects.untouched(norm.result, written):
+        return False
+    layouts.replace(norm.result, _insert(norm))
+    return True
 
 
 def _spelled_out(root: Node) -> list[_Norm]:

@@ -61,7 +61,7 @@ def _own_weight(value: object, readers: Counter[str]) -> str | None:
 
 def _memory(weight: torch.Tensor) -> object:
     """What tells whether two weights share memory; on the meta device only identity can."""
-    return id(weight) if weight.is_meta else weight.untyped_storage().data_ptr()
+    return id(weight) if weight.is_meta else weight.data_ptr()
 
 
 def _layer(linear: Node) -> str:

@@ -28,6 +28,7 @@ from fxgraft.kernels.rotary.op import SPEC
 from fxgraft.kernels.spec import dims
 from fxgraft.passes.optimize import angles, effects, layouts
 from fxgraft.passes.optimize.matching import (
+    FLATTENING,
     Part,
     aten,
     calls,
@@ -47,8 +48,6 @@ from fxgraft.passes.optimize.matching import (
     zipped,
 )
 from fxgraft.program import Program
-
-_FLATTENED = (aten.flatten.using_ints, aten.reshape.default, aten.view.default)
 
 
 @dataclass(frozen=True)
@@ -81,9 +80,12 @@ def rewrite(program: Program) -> int:
     """
     graph = program.graph
     written = effects.written(graph)
-    found = [r for r in _find(graph) if effects.untouched(r.result, written)]
     doubled: dict[tuple[Node, bool], Node] = {}
-    count = sum(_fuse(rotation, doubled) for rotation in found)
+    count = sum(
+        _fuse(rotation, doubled)
+        for rotation in _find(graph)
+        if effects.untouched(rotation.result, written)
+    )
     if count:
         effects.drop_unread(graph)
     return count
@@ -94,7 +96,7 @@ def _find(graph: Graph) -> Iterator[_Rotation]:
         rotation = _sum_form(node)
         if rotation is not None:
             yield rotation
-    for node in calls(graph, aten.cat.default, *_FLATTENED):
+    for node in calls(graph, aten.cat.default, *FLATTENING):
         rotation = _pair_form(node)
         if rotation is not None:
             yield rotation
@@ -180,7 +182,7 @@ def _from_parts(
 def _complex_form(node: Node, made: dict[tuple[Node, bool], Node]) -> _Rotation | None:
     """Rule 3."""
     result = single_user(node)
-    if result is None or not is_call(result, *_FLATTENED) or dims(result)[:-1] != dims(node)[:-2]:
+    if result is None or not is_call(result, *FLATTENING) or dims(result)[:-1] != dims(node)[:-2]:
         return None
     for turned, circle in products(source(node)):
         pairs = source(turned) if is_call(turned, aten.view_as_complex.default) else None

@@ -80,9 +80,7 @@ def find_heads(program: Program) -> list[Heads]:
         PassError: the weights of some attention cannot be told apart by head; names the module.
     """
     attention = torch.ops.fxgraft.attention.default
-    return [
-        _find(node) for node in program.graph.find_nodes(op="call_function", target=attention)
-    ]
+    return [_find(node) for node in program.graph.find_nodes(op="call_function", target=attention)]
 
 
 def refuse(node: Node, why: str) -> PassError:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from fxgraft import graph as graphs
 from fxgraft.errors import InputError
@@ -42,6 +43,15 @@ class PruneHeads(Pass):
     """Query heads that every layer keeps; with 0 a layer may lose its whole attention."""
     seed: int = 0
     """Of the random score."""
+
+    @field_validator("heads", mode="before")
+    @classmethod
+    def _number_layers(cls, value: object) -> object:
+        """In YAML and JSON the keys are text."""
+        if not isinstance(value, Mapping):
+            return value
+        layers = cast("Mapping[object, object]", value).items()
+        return {int(k) if isinstance(k, str) and k.isdigit() else k: v for k, v in layers}
 
     def neutral(self) -> PruneHeads:
         """Remove no head."""

@@ -50,7 +50,11 @@ def remove(program: Program, heads: Heads, gone: set[int]) -> None:
     if not kept.query:
         _remove_all(program, heads)
         return
-    for projection, order in ((heads.query, kept.query), (heads.key, kept.kv), (heads.value, kept.kv)):
+    for projection, order in (
+        (heads.query, kept.query),
+        (heads.key, kept.kv),
+        (heads.value, kept.kv),
+    ):
         _shrink_input(program, projection, order, heads.mixer)
     _shrink_head_arguments(heads.mixer, heads.query_heads, kept.query)
     results = _attentions(heads.mixer, kept)
@@ -85,9 +89,7 @@ def _like(old: Tensor, new: Tensor) -> Tensor:
     return nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new
 
 
-def _shrink_input(
-    program: Program, projection: Projection, order: list[int], mixer: Node
-) -> None:
+def _shrink_input(program: Program, projection: Projection, order: list[int], mixer: Node) -> None:
     """Replace a projection, up to its head dimension, by one with the kept heads only."""
     node, boundary = projection.node, projection.boundary
     rows = torch.cat([projection.index[head] for head in order])

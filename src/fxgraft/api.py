@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from fxgraft import auto
-from fxgraft.backend import Compiled, find_backend
-from fxgraft.errors import InputError, LoweringError
+from fxgraft.backend import Compiled, backend_names, find_backend
+from fxgraft.errors import InputError, LoweringError, SerializationError
 from fxgraft.frontends import capture
 from fxgraft.pipeline import PassSpec, Pipeline, Progress
 from fxgraft.program import Program
@@ -53,17 +53,30 @@ def compile(
         >>> compiled.generate(input_ids, max_new_tokens=64)
     """
     pipeline = Pipeline.parse(passes)
-    if backend != "auto":
-        find_backend(backend)
+    lower = _lowering(backend, {} if options is None else options)
     program = capture(model, example)
     program = pipeline.run(program, progress=progress, check=check)
+    return lower(program)
+
+
+def _lowering(backend: str, options: Mapping[str, Any]) -> Callable[[Program], Compiled]:
+    """How to lower with a backend, refused here if that cannot work on this machine."""
+    if not isinstance(options, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InputError(
+            f"argument 'options' is a {type(options).__name__}", "give {'option': value}"
+        )
     if backend == "auto":
-        return auto.lower(program, dict(options or {}))
+        if options:
+            raise InputError(
+                f"options {sorted(options)} were given with backend 'auto'",
+                f"name the backend: {', '.join(backend_names())}",
+            )
+        return auto.lower
     chosen = find_backend(backend)
     missing = chosen.available()
     if missing is not None:
         raise LoweringError(f"backend {backend!r} cannot be used: {missing}", "use backend 'torch'")
-    return chosen.lower(program, **dict(options or {}))
+    return lambda program: chosen.lower(program, **options)
 
 
 def export_onnx(
@@ -86,8 +99,14 @@ def export_onnx(
 
     Raises:
         LoweringError: an op has no ONNX form (names it), or the check failed.
+        InputError: the model was not captured yet.
     """
     program = model.program if isinstance(model, Compiled) else model
+    if not isinstance(program, Program):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InputError(
+            f"argument 'model' is a {type(model).__name__}",
+            "give a compiled model, or what fxgraft.capture returns",
+        )
     backend = find_backend("onnx")
     missing = backend.available()
     if missing is not None:
@@ -102,12 +121,18 @@ def load(folder: str | Path) -> Program | Compiled:
 
     Raises:
         SerializationError: the folder is no saved Program, is damaged, or is of a newer version.
-        InputError: it was lowered by a backend that is not installed here.
+        InputError: it was lowered by a backend that does not exist here.
+        LoweringError: that backend cannot be used on this machine.
     """
+    if not isinstance(folder, (str, Path)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InputError(f"argument 'folder' is a {type(folder).__name__}", "give a path")
     program = Program.load(folder)
     saved = program.origin.pop("backend", None)
     if saved is None:
         return program
-    if not isinstance(saved, dict) or "name" not in saved:
-        raise InputError(f"{folder} names no backend", "load it with Program.load")
-    return find_backend(str(saved["name"])).lower(program, **saved.get("options", {}))
+    if not isinstance(saved, Mapping) or set(cast(Any, saved)) != {"name", "options"}:
+        raise SerializationError(
+            f"{folder} names no backend and options, but {saved!r}", "load it with Program.load"
+        )
+    found = cast("Mapping[str, Any]", saved)
+    return _lowering(found["name"], found["options"])(program)

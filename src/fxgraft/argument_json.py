@@ -27,7 +27,6 @@ _MEMORY_FORMATS = {
         torch.channels_last_3d,
     )
 }
-_DEVICE_TYPES = ("cpu", "cuda", "xpu", "mps", "meta")
 _OWN_DEVICE = "own"
 
 
@@ -66,7 +65,8 @@ def encode_argument(value: object, device: torch.device, where: str) -> Any:
         items = cast("tuple[object, ...]", value)
         return {"tuple": [encode_argument(item, device, where) for item in items]}
     if isinstance(value, slice):
-        parts = (value.start, value.stop, value.step)
+        bounds = cast(Any, value)
+        parts = (bounds.start, bounds.stop, bounds.step)
         return {"slice": [encode_argument(part, device, where) for part in parts]}
     return _encode_leaf(value, device, where)
 
@@ -150,12 +150,12 @@ def _number(text: object, where: str) -> float:
 
 
 def _device(name: str, where: str) -> torch.device:
-    kind, _, index = name.partition(":")
     if name == _OWN_DEVICE:
         return torch.device("cpu")
-    if kind in _DEVICE_TYPES and (not index or index.isdecimal()):
+    try:
         return torch.device(name)
-    raise SerializationError(f"{where} has the device {name!r}", "restore the file")
+    except RuntimeError:
+        raise SerializationError(f"{where} has the device {name!r}", "restore the file") from None
 
 
 def _lookup(table: Mapping[str, Any], name: object, where: str, kind: str) -> Any:

@@ -9,7 +9,7 @@ import os
 import shutil
 import socket
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 from fxgraft.errors import SerializationError
@@ -21,7 +21,7 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
-def replaced(folder: Path, marker: str, owned: Callable[[str], bool]) -> Iterator[Path]:
+def replaced(folder: Path, marker: str, owned: Callable[[str], bool]) -> Generator[Path]:
     """Give an empty folder to write to; on success it takes the place of ``folder``.
 
     Files in the old folder that are not ``owned`` are kept. If anything fails or the process is

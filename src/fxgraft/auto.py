@@ -5,12 +5,13 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 
 from fxgraft.backend import Compiled, find_backend
-from fxgraft.errors import Error, InputError
+from fxgraft.errors import Error
 from fxgraft.program import Program
 
 _PROMPT, _TOKENS = 16, 9
@@ -38,20 +39,13 @@ class Trial:
     problem: str = ""
 
 
-def lower(program: Program, options: dict[str, Any]) -> Compiled:
+def lower(program: Program) -> Compiled:
     """Lower with the fastest verified backend; ``compiled.trials`` tells what was tried.
 
     A candidate is refused when it is missing, cannot lower the Program, or does not generate the
     tokens that eager torch generates. Programs that are no language models, or whose weights are
     on the meta device or a GPU, are lowered by torch.
-
-    Raises:
-        InputError: options were given, which only a named backend can take.
     """
-    if options:
-        raise InputError(
-            f"options {sorted(options)} were given with backend 'auto'", "name the backend"
-        )
     reference = find_backend("torch").lower(program)
     if program.device.type != "cpu" or "logits" not in program.outputs:
         return reference
@@ -102,5 +96,5 @@ def _decode(compiled: Compiled, prompt: torch.Tensor) -> tuple[list[int], float]
     result = compiled.generate(
         prompt, max_new_tokens=_TOKENS, eos_token_id=[], pad_token_id=0, on_token=tick
     )
-    steps = [after - before for before, after in zip(times[2:], times[3:], strict=False)]
+    steps = [after - before for before, after in pairwise(times[2:])]
     return result[0, prompt.shape[1] :].tolist(), statistics.median(steps) * 1e3

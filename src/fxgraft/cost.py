@@ -8,18 +8,20 @@ from functools import cached_property
 from typing import Any, NamedTuple, cast
 
 import numpy as np
-import sympy
-import torch
+import sympy  # pyright: ignore[reportMissingTypeStubs]
 from torch.fx import Node
 
 from fxgraft import cost_rules as rules
+from fxgraft import cost_traffic as traffic
 from fxgraft.cost_numbers import FIELDS, compile_expressions, readable
+from fxgraft.cost_traffic import Sizes
+from fxgraft.describe import block_of
 from fxgraft.errors import InputError
 from fxgraft.graph import short_target
-from fxgraft.kernels.spec import Cost, Expr, argument, expr, spec_of
-from fxgraft.describe import block_of
+from fxgraft.kernels.spec import Cost, Expr, spec_of
+from fxgraft.operators import operator_of
 from fxgraft.program import Program
-from fxgraft.symbolic import derived_dimensions, named_symbols
+from fxgraft.symbolic import named_symbols
 
 Number = int | float | np.ndarray[Any, np.dtype[np.float64]]
 
@@ -56,7 +58,7 @@ class CostTable:
 
     Attributes:
         rows: in graph order.
-        dimensions: names that the expressions hold.
+        dimensions: names that the expressions may hold.
         unknown: operators without a rule, by number of nodes; their operations are missing from
             the table, their bytes are in it.
     """
@@ -88,19 +90,25 @@ class CostTable:
         """The total at given sizes.
 
         Args:
-            sizes: of every dimension in ``dimensions``; arrays give the result for each element,
-                as float64 (exact up to 2^53).
+            sizes: of every dimension that the total depends on; arrays, which broadcast, give
+                the result for each element as float64 (exact up to 2^53).
 
         Raises:
             InputError: a dimension is missing or unknown.
         """
         _check_names(sizes, self.dimensions)
-        for name in self.dimensions:
-            if name not in sizes:
-                raise InputError(
-                    f"the size of dimension {name!r} is missing", f"give evaluate({name}=...)"
-                )
-        return Work(*self._compiled(*(sizes[name] for name in self.dimensions)))
+        missing = sorted(self._needed - set(sizes))
+        if missing:
+            raise InputError(
+                f"the size of dimension {missing[0]!r} is missing",
+                f"give evaluate({missing[0]}=...)",
+            )
+        return Work(*self._compiled(*(sizes.get(name, 0) for name in self.dimensions)))
+
+    @cached_property
+    def _needed(self) -> set[str]:
+        """Names that the total depends on."""
+        return _names_in([self.total])
 
     @cached_property
     def _compiled(self) -> Callable[..., list[Number]]:
@@ -146,7 +154,7 @@ def cost_table(program: Program, symbols: Mapping[str, int]) -> CostTable:
     names = {symbol: str(name) for symbol, name in named_symbols(program).items()}
     free = dict.fromkeys(names.values())
     _check_names(symbols, [*program.dimensions, *free])
-    sizes = _Sizes(program, symbols)
+    sizes = Sizes(program, symbols)
     rows: list[Row] = []
     unknown: dict[str, int] = {}
     for node in program.graph.nodes:
@@ -154,7 +162,9 @@ def cost_table(program: Program, symbols: Mapping[str, int]) -> CostTable:
         if cost is not None:
             module = str(node.meta.get("module", ""))
             rows.append(Row(node.name, module, short_target(node), cost))
-    return CostTable(tuple(rows), _free_names(rows, free), unknown)
+    named = [name for name in free if name not in symbols]
+    others = sorted(_names_in(row.cost for row in rows) - set(named))
+    return CostTable(tuple(rows), (*named, *others), unknown)
 
 
 def _check_names(given: Mapping[str, object], known: Iterable[str]) -> None:
@@ -165,51 +175,16 @@ def _check_names(given: Mapping[str, object], known: Iterable[str]) -> None:
             )
 
 
-def _free_names(rows: Iterable[Row], order: Iterable[str]) -> tuple[str, ...]:
-    free = {
-        str(symbol)
-        for row in rows
-        for field in FIELDS
-        for symbol in cast(Expr, getattr(row.cost, field)).free_symbols
-    }
-    known = [name for name in order if name in free]
-    return (*known, *sorted(free - set(known)))
+def _names_in(costs: Iterable[Cost]) -> set[str]:
+    expressions = {cast(Expr, getattr(cost, field)) for cost in costs for field in FIELDS}
+    return {str(symbol) for expression in expressions for symbol in expression.free_symbols}
 
 
-class _Sizes:
-    """Sizes of values with dimensions' names, or given numbers, in place of the graph's symbols."""
-
-    def __init__(self, program: Program, symbols: Mapping[str, int]) -> None:
-        names = named_symbols(program)
-        given = {name: sympy.Integer(size) for name, size in symbols.items()}
-        self._replace = {symbol: given.get(str(name), name) for symbol, name in names.items()}
-        for name, size in derived_dimensions(program).items():
-            if name in given and isinstance(size, sympy.Symbol):
-                self._replace[size] = given[name]
-        self._known: dict[Expr, rules.Size] = {}
-
-    def __call__(self, value: Any) -> rules.Sizes:
-        """Sizes of a node, tensor, or sequence of sizes."""
-        if isinstance(value, Node):
-            value = value.meta["val"]
-        if isinstance(value, (tuple, list)) and value and isinstance(value[0], torch.Tensor):
-            value = value[0]
-        sizes = value.shape if isinstance(value, torch.Tensor) else value
-        return tuple(size if isinstance(size, int) else self.named(expr(size)) for size in sizes)
-
-    def named(self, size: Expr) -> Any:
-        """An expression over the graph's symbols as one over named dimensions."""
-        if size not in self._known:
-            named = size.xreplace(self._replace)
-            self._known[size] = int(named) if named.is_Integer else named
-        return self._known[size]
-
-
-def _cost(node: Node, sizes: _Sizes, unknown: dict[str, int]) -> Cost | None:
+def _cost(node: Node, sizes: Sizes, unknown: dict[str, int]) -> Cost | None:
     """The node's cost; None for what does no work."""
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+    if operator_of(node) is None:
         return None
-    outputs = _tensors(node.meta.get("val"))
+    outputs = traffic.tensors(node.meta.get("val"))
     if not outputs:
         return None
     spec = spec_of(node)
@@ -223,72 +198,10 @@ def _cost(node: Node, sizes: _Sizes, unknown: dict[str, int]) -> Cost | None:
         unknown[short_target(node)] = unknown.get(short_target(node), 0) + 1
     return Cost(
         sympy.sympify(flops or 0),
-        sympy.sympify(_read(node, sizes)),
-        sympy.sympify(_written(node, sizes, outputs)),
-        sympy.sympify(_state(node, sizes)),
+        sympy.sympify(traffic.bytes_read(node, sizes)),
+        sympy.sympify(traffic.bytes_written(node, sizes)),
+        sympy.sympify(traffic.state_bytes(node, sizes)),
     )
-
-
-def _tensors(value: object) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    items = cast("tuple[object, ...]", value) if isinstance(value, (tuple, list)) else ()
-    return [item for item in items if isinstance(item, torch.Tensor)]
-
-
-def _bytes(value: torch.Tensor, sizes: _Sizes) -> rules.Size:
-    """Bytes of a tensor in memory; an expanded dimension is there once."""
-    pairs = zip(sizes(value), sizes(value.stride()), strict=True)
-    stored = [size for size, stride in pairs if stride != 0]
-    return rules.product(stored) * value.element_size()
-
-
-def _read(node: Node, sizes: _Sizes) -> rules.Size:
-    name = rules.base_name(node)
-    if name in rules.FACTORIES or name in rules.ALLOCATIONS:
-        return 0
-    sources = list(node.all_input_nodes)
-    gathered: rules.Size = 0
-    if name in rules.GATHERS:
-        sources = sources[1:]
-        gathered = _bytes(node.meta["val"], sizes)
-    if _overwrites(node):
-        sources = sources[1:]
-    values = [value for source in sources for value in _tensors(source.meta.get("val"))]
-    return gathered + sum(_bytes(value, sizes) for value in values)
-
-
-def _overwrites(node: Node) -> bool:
-    """Whether an in-place op replaces what was there without reading it."""
-    name = node.target._schema.name.split("::")[1]  # pyright: ignore
-    return name in ("copy_", "index_put_", "scatter_", "fill_", "zero_", "index_copy_")
-
-
-def _written(node: Node, sizes: _Sizes, outputs: list[torch.Tensor]) -> rules.Size:
-    if rules.base_name(node) in rules.ALLOCATIONS:
-        return 0
-    if _overwrites(node):
-        values = [n for n in node.all_input_nodes[1:] if _tensors(n.meta.get("val"))]
-        outputs = [values[-1].meta["val"]] if values else outputs
-    return sum(_bytes(value, sizes) for value in outputs)
-
-
-def _state(node: Node, sizes: _Sizes) -> rules.Size:
-    """Bytes that a stateful op keeps after this node ran."""
-    spec = spec_of(node)
-    total: rules.Size = 0
-    for state in spec.states if spec and spec.causal(node) else ():
-        if state.kind == "fixed":
-            total += _bytes(node.meta["val"][state.output], sizes)
-            continue
-        value = cast(Node, argument(node, state.argument)).meta["val"]
-        shape = list(sizes(value))
-        limit = argument(node, state.limit) if state.limit else None
-        if isinstance(limit, int):
-            kept = sympy.Min(shape[state.dim], limit - 1)
-            shape[state.dim] = int(kept) if kept.is_Integer else kept
-        total += rules.product(shape) * value.element_size()
-    return total
 
 
 def _sum(costs: Iterable[Cost]) -> Cost:

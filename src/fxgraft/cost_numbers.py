@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
-import sympy
+import sympy  # pyright: ignore[reportMissingTypeStubs]
 
 from fxgraft.kernels.spec import Expr
 
@@ -22,13 +22,11 @@ def compile_expressions(names: Sequence[str], expressions: Sequence[Expr]) -> Ca
     Numbers give exact integers; arrays, which broadcast, give float64 arrays.
     """
     symbols = [sympy.Symbol(name, integer=True, nonnegative=True) for name in names]
-    named = {symbol.name: symbol for symbol in symbols}
-    exact = [e.xreplace({s: named.get(s.name, s) for s in e.free_symbols}) for e in expressions]
-    scalar = sympy.lambdify(symbols, exact, modules=[_functions(max, min), "math"], cse=True)
-    vector = sympy.lambdify(
-        symbols, exact, modules=[_functions(_reduce(np.maximum), _reduce(np.minimum)), "numpy"],
-        cse=True,
-    )  # fmt: skip
+    lambdify = cast(Any, sympy).lambdify
+    of_numbers = [_functions(max, min), "math"]
+    of_arrays = [_functions(_reduce(np.maximum), _reduce(np.minimum)), "numpy"]
+    scalar = lambdify(symbols, list(expressions), modules=of_numbers, cse=True)
+    vector = lambdify(symbols, list(expressions), modules=of_arrays, cse=True)
 
     def evaluate(*sizes: Any) -> list[Any]:
         if all(isinstance(size, int) for size in sizes):
@@ -45,10 +43,21 @@ def _functions(maximum: Callable[..., Any], minimum: Callable[..., Any]) -> dict
     """Implementations of the functions that torch puts into shapes."""
     return {
         "Max": maximum, "Min": minimum, "Mod": operator.mod, "PythonMod": operator.mod,
-        "FloorDiv": operator.floordiv, "CleanDiv": operator.floordiv,
-        "ModularIndexing": lambda base, divisor, modulus: base // divisor % modulus,
-        "CeilDiv": lambda base, divisor: -(-base // divisor),
+        "FloorDiv": _floor_divide, "CleanDiv": _floor_divide,
+        "ModularIndexing": _modular_index, "CeilDiv": _ceil_divide,
     }  # fmt: skip
+
+
+def _floor_divide(base: Any, divisor: Any) -> Any:
+    return base // divisor
+
+
+def _ceil_divide(base: Any, divisor: Any) -> Any:
+    return -(-base // divisor)
+
+
+def _modular_index(base: Any, divisor: Any, modulus: Any) -> Any:
+    return base // divisor % modulus
 
 
 def _reduce(function: Callable[..., Any]) -> Callable[..., Any]:

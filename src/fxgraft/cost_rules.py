@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
-import sympy
+import sympy  # pyright: ignore[reportMissingTypeStubs]
 import torch
 from torch.fx import Node
 
 from fxgraft.kernels.spec import Expr, argument
+from fxgraft.operators import aliases_input, operator_of, qualified_name
 
 Size = int | Expr
 Sizes = tuple[Size, ...]
@@ -51,7 +52,8 @@ PER_OUTPUT_ELEMENT: dict[str, int] = {
     "floor_divide": 1, "divide": 1, "multiply": 1, "subtract": 1, "negative": 1, "fix": 1,
     "true_divide": 1, "greater": 1, "greater_equal": 1, "less": 1, "less_equal": 1,
     "not_equal": 1, "special_expit": 1, "special_erf": 1, "isclose": 4, "outer": 1, "kron": 1,
-    "log_sigmoid": 1, "dropout": 2, "native_dropout": 2, "bernoulli": 1, "diff": 1, "cross": 3,
+    "log_sigmoid": 1, "where": 1, "masked_fill": 1, "dropout": 2, "native_dropout": 2,
+    "bernoulli": 1, "diff": 1, "cross": 3, "polar": 3,
     # Four or eight neighbours, a multiply-add each.
     "upsample_bilinear2d": 8, "upsample_linear1d": 4, "upsample_trilinear3d": 16,
     "upsample_bicubic2d": 32, "grid_sampler": 8, "grid_sampler_2d": 8, "grid_sampler_3d": 16,
@@ -61,7 +63,7 @@ FACTORIES = frozenset({
     "arange", "zeros", "ones", "full", "eye", "linspace", "scalar_tensor", "rand", "randn",
     "randint", "randperm", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like",
     "new_zeros", "new_ones", "new_full", "fill", "zero", "tril_indices", "triu_indices",
-    "hann_window", "hamming_window", "lift_fresh_copy",
+    "hann_window", "hamming_window", "lift_fresh_copy", "uniform", "normal", "random",
 })  # fmt: skip
 ALLOCATIONS = frozenset({
     "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted",
@@ -78,7 +80,7 @@ MOVES = frozenset({
     "masked_select", "split_copy", "unbind_copy", "view_copy", "permute_copy", "expand_copy",
     "nonzero_numpy", "atleast_1d", "bucketize", "searchsorted", "unique_consecutive", "isin",
     "split_with_sizes_copy", "transpose_copy", "t_copy", "slice_copy", "select_copy",
-    "_unsafe_index_put", "sort", "argsort", "msort", "masked_fill", "where",
+    "_unsafe_index_put", "sort", "argsort", "msort",
 })  # fmt: skip
 # Ops that read only the rows they gather, and the indices.
 GATHERS = frozenset({
@@ -99,8 +101,7 @@ def product(sizes: Sequence[Size]) -> Size:
 
 def base_name(node: Node) -> str:
     """The operator's name without namespace, overload and in-place underscore."""
-    assert isinstance(node.target, torch._ops.OpOverload)
-    name = node.target._schema.name.split("::")[1]
+    name = qualified_name(node).split("::")[1]
     return name[:-1] if name.endswith("_") and not name.endswith("__") else name
 
 
@@ -111,7 +112,6 @@ def operations(node: Node, shape: Shape) -> Size | None:
         node: a call of an operator.
         shape: gives the sizes of a node or fake tensor.
     """
-    assert isinstance(node.target, torch._ops.OpOverload)
     name = base_name(node)
     if name in _RULES:
         return _RULES[name](node, shape)
@@ -121,7 +121,7 @@ def operations(node: Node, shape: Shape) -> Size | None:
         return PER_INPUT_ELEMENT[name] * product(shape(node.all_input_nodes[0]))
     if name in PER_OUTPUT_ELEMENT:
         return PER_OUTPUT_ELEMENT[name] * product(shape(node))
-    tags = node.target.tags
+    tags = operator_of(node).tags
     if torch.Tag.reduction in tags:
         return product(shape(node.all_input_nodes[0]))
     if torch.Tag.pointwise in tags or name.startswith("__"):
@@ -174,10 +174,9 @@ def _attention(node: Node, shape: Shape) -> Size:
 
 
 def _pooling(node: Node, shape: Shape) -> Size:
-    kernel = argument(node, "kernel_size")
-    spatial = int(str(node.target).split("d.")[0][-1]) if "d." in str(node.target) else 2
-    sizes = kernel if isinstance(kernel, (list, tuple)) else [kernel]
-    window = math.prod(sizes) if len(sizes) > 1 else sizes[0] ** spatial  # pyright: ignore
+    kernel = cast("list[int]", argument(node, "kernel_size"))
+    dimensions = int(base_name(node).split("pool")[1][0])
+    window = math.prod(kernel) if len(kernel) > 1 else kernel[0] ** dimensions
     return window * product(shape(node))
 
 
@@ -196,10 +195,9 @@ def _index_put(node: Node, shape: Shape) -> Size:
 def _einsum(node: Node, shape: Shape) -> Size:
     """Pairwise from left to right, as torch contracts without an optimiser."""
     equation = str(argument(node, "equation")).replace(" ", "")
-    operands = argument(node, "tensors")
-    assert isinstance(operands, (list, tuple))
+    operands = cast("list[Node]", argument(node, "tensors"))
     inputs, _, output = equation.partition("->")
-    terms = _name_ellipsis(inputs.split(","), [len(shape(o)) for o in operands])
+    terms = _name_ellipsis(inputs.split(","), [len(shape(operand)) for operand in operands])
     sizes = {
         letter: size
         for term, operand in zip(terms, operands, strict=True)
@@ -284,16 +282,12 @@ _RULES: dict[str, Rule] = {
 
 def is_view(node: Node, sizes_of: Shape) -> bool:
     """Whether a node only gives another shape or name to memory that is there."""
-    target = node.target
-    assert isinstance(target, torch._ops.OpOverload)
     name = base_name(node)
     if name == "dropout":
         return not argument(node, "train")
     if name in MAYBE_VIEWS:
         return not _copies(node, name, sizes_of)
-    returned = target._schema.returns
-    alias = returned[0].alias_info if returned else None
-    return alias is not None and not alias.is_write
+    return aliases_input(node)
 
 
 def _copies(node: Node, name: str, sizes_of: Shape) -> bool:

@@ -3,8 +3,7 @@
 Nodes are the same if they come from the same module, call the same op, and stand at the same
 place among their equals there. Within a module:
 
-1. Nodes computed from the same things by the same operations are the same, in any order; with
-   the same constants and shapes first, then with others.
+1. Nodes computed from the same things by the same operations are the same, in any order.
 2. Then those in the same neighbourhood of the graph, then those that read the same weights.
 3. What is left is aligned in order, so that one insertion does not shift the rest.
 4. Nodes that were moved past others, which no alignment keeps, are paired op by op.
@@ -15,7 +14,7 @@ Node names and numbers play no role. Swapping the two Programs swaps the result.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -45,7 +44,6 @@ class _Traits:
         upstream: numbers of its neighbourhoods of 1, 2, … steps against the data flow.
         downstream: number of the set of its readers.
         cone: number of everything that it is computed from.
-        skeleton: the same without constants and shapes.
     """
 
     op: str
@@ -56,7 +54,6 @@ class _Traits:
     upstream: tuple[int, ...]
     downstream: int
     cone: int
-    skeleton: int
 
     @cached_property
     def words(self) -> tuple[Hashable, ...]:
@@ -92,7 +89,6 @@ def _match_module(
 _KEYS: tuple[Callable[[_Traits], Hashable], ...] = (
     lambda t: t.cone,
     lambda t: (t.op, t.weights, t.made_by, t.upstream[-1]),
-    lambda t: (t.words, t.upstream[-1]),
     lambda t: (t.op, t.weights) if t.weights else None,
 )
 
@@ -199,9 +195,11 @@ def _traits(describer: Describer, number: dict[Hashable, int]) -> dict[Node, _Tr
                 for node in nodes
             }
         )
-    facts = {node: (constants.get(node), describer.values[node]) for node in nodes}
-    cones = _cones({node: (kinds[node], facts[node]) for node in nodes}, inputs, number)
-    skeletons = _cones(kinds, inputs, number)
+    cones: dict[Node, int] = {}
+    for node in nodes:
+        own = (kinds[node], constants.get(node), describer.values[node])
+        sources = tuple(cones[source] for source in inputs[node])
+        cones[node] = _number(number, ("cone", own, sources))
     return {
         node: _Traits(
             op=short_target(node),
@@ -212,20 +210,9 @@ def _traits(describer: Describer, number: dict[Hashable, int]) -> dict[Node, _Tr
             upstream=tuple(ring[node] for ring in rings[1:]),
             downstream=_number(number, ("readers", *sorted(kinds[user] for user in node.users))),
             cone=cones[node],
-            skeleton=skeletons[node],
         )
         for node in calls
     }
-
-
-def _cones(
-    own: Mapping[Node, Hashable], inputs: dict[Node, list[Node]], number: dict[Hashable, int]
-) -> dict[Node, int]:
-    """Numbers of what nodes are computed from, given what each adds of its own."""
-    cones: dict[Node, int] = {}
-    for node, fact in own.items():
-        cones[node] = _number(number, ("cone", fact, *(cones[source] for source in inputs[node])))
-    return cones
 
 
 def _number(number: dict[Hashable, int], thing: Hashable) -> int:

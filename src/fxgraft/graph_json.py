@@ -14,7 +14,7 @@ import operator
 import re
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch._ops import OpOverload, OpOverloadPacket
@@ -22,11 +22,12 @@ from torch.fx import Graph, Node
 
 from fxgraft.argument_json import decode_argument, encode_argument
 from fxgraft.errors import SerializationError
+from fxgraft.operators import qualified_name
 from fxgraft.strict_json import fields
 
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # FX writes weight names into the code it generates, so nothing that could end a string.
-_WEIGHT_NAME = re.compile(r"[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*")
+_WEIGHT_NAME = re.compile(r"[A-Za-z0-9_+\-]+(\.[A-Za-z0-9_+\-]+)*")
 _META = ("module", "source", "made_by")
 _NAMESPACES = ("aten", "prims", "fxgraft")
 # Operators outside those namespaces that capture leaves in a graph, and where they are defined.
@@ -88,7 +89,7 @@ def check_weight_name(name: str) -> str:
     if _WEIGHT_NAME.fullmatch(name) is None:
         raise SerializationError(
             f"{name!r} is not allowed as the name of a weight",
-            "use letters, digits, '_' and '-' with '.' between them",
+            "use letters, digits, '_', '-' and '+' with '.' between them",
         )
     return name
 
@@ -142,7 +143,7 @@ def _encode_target(node: Node, where: str) -> str:
         return check_weight_name(node.target) if node.op == "get_attr" else node.target
     target = node.target
     if isinstance(target, OpOverload):
-        name = f"{target.namespace}.{target._schema.name.split('::')[1]}.{target._overloadname}"
+        name = f"{qualified_name(node).replace('::', '.')}.{cast(Any, target)._overloadname}"
     else:
         name = _FUNCTION_NAMES.get(target, "")
     if not name or _operator(name, where) is not target:
@@ -188,8 +189,8 @@ def _find(name: str) -> Callable[..., Any]:
     packet: object = getattr(getattr(torch.ops, namespace), base, None)
     if not isinstance(packet, OpOverloadPacket) or overload not in packet.overloads():
         raise LookupError(name)
-    found = getattr(packet, overload)
+    found = getattr(cast(Any, packet), overload)
     # TorchScript adds operators of its own to aten (even one that writes files).
-    if not torch._C._dispatch_has_kernel(found.name()):
+    if not cast(Any, torch._C)._dispatch_has_kernel(found.name()):  # pyright: ignore[reportPrivateUsage]
         raise LookupError(name)
     return found

@@ -33,27 +33,53 @@ def bind(
             raise InputError(f"input {name!r} is given twice", "pass it once")
         if value is not None:
             given[name] = value
+    sizes: dict[str, int] = {}
     for spec in program.inputs:
         if spec.name in given:
-            _check(spec, given[spec.name])
-    sizes = program.sizes(given)
+            _check(spec, given[spec.name], sizes)
+    for name, size in sizes.items():
+        _check_range(program, name, size)
     return [_cast(spec, given[spec.name]) if spec.name in given else _default(program, spec, sizes)
             for spec in program.inputs]  # fmt: skip
 
 
-def _check(spec: Input, value: torch.Tensor) -> None:
+def _check(spec: Input, value: torch.Tensor, sizes: dict[str, int]) -> None:
+    """Check a value against its description and the sizes found so far; note its own."""
     wanted = " x ".join(str(size) for size in spec.shape)
+    if not isinstance(value, torch.Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InputError(
+            f"input {spec.name!r} is a {type(value).__name__}", f"give a tensor [{wanted}]"
+        )
+    if value.dtype.is_floating_point != spec.dtype.is_floating_point:
+        raise InputError(f"input {spec.name!r} is {value.dtype}", f"give it as {spec.dtype}")
     if value.dim() != len(spec.shape):
         raise InputError(
             f"input {spec.name!r} has shape {tuple(value.shape)}", f"give it as [{wanted}]"
         )
     if value.numel() == 0:
         raise InputError(f"input {spec.name!r} is empty", f"give at least one element: [{wanted}]")
+    for size, found in zip(spec.shape, value.shape, strict=True):
+        expected = sizes.setdefault(size, found) if isinstance(size, str) else size
+        if found != expected:
+            detail = f" with {size}={expected}" if isinstance(size, str) else ""
+            raise InputError(
+                f"input {spec.name!r} has shape {tuple(value.shape)}",
+                f"give it as [{wanted}]{detail}",
+            )
+
+
+def _check_range(program: Program, name: str, size: int) -> None:
+    allowed = program.dimensions[name]
+    if size < allowed.minimum or size > (allowed.maximum or size):
+        raise InputError(
+            f"dimension {name!r} has size {size}; the model was captured for "
+            f"{allowed.minimum} to {allowed.maximum or 'any size'}",
+            "give inputs of such a size, or capture the model with an example of this size",
+        )
 
 
 def _cast(spec: Input, value: torch.Tensor) -> torch.Tensor:
-    same_kind = value.dtype.is_floating_point == spec.dtype.is_floating_point
-    return value.to(spec.dtype) if same_kind and value.dtype != spec.dtype else value
+    return value if value.dtype == spec.dtype else value.to(spec.dtype)
 
 
 def _default(program: Program, spec: Input, sizes: Mapping[str, int]) -> torch.Tensor:

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.fx import Node
 
 from fxgraft.kernels.spec import argument, dims, spec_of
+from fxgraft.operators import aliases_input, argument_names, qualified_name
 from fxgraft.program import Program
 
-aten = torch.ops.aten
 NO_MIXER = "none"
 # Ops that mix a few neighbouring tokens ahead of the op that gives the layer its kind.
 _AUXILIARY = frozenset({"causal_conv1d", "causal_pad"})
@@ -26,6 +25,7 @@ _MATMULS = frozenset({
     "aten::linear", "aten::addmm", "aten::mm", "aten::bmm", "aten::baddbmm", "aten::matmul",
     "aten::einsum", "aten::_grouped_mm", "transformers::grouped_mm_fallback",
 })  # fmt: skip
+_REARRANGEMENTS = frozenset({"aten::index", "aten::index_select", "aten::clone", "aten::_to_copy"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,9 +85,7 @@ def is_linear(node: Node) -> bool:
     spec = spec_of(node)
     if spec is not None:
         return spec.kind == "linear"
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return False
-    return node.target._schema.name in _MATMULS and any(map(_is_weight, node.all_input_nodes))
+    return qualified_name(node) in _MATMULS and any(map(_is_weight, node.all_input_nodes))
 
 
 def _is_weight(node: Node) -> bool:
@@ -98,12 +96,7 @@ def _is_weight(node: Node) -> bool:
 
 
 def _is_rearrangement(node: Node) -> bool:
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
-        return False
-    returned = target._schema.returns
-    views = bool(returned) and returned[0].alias_info is not None
-    return views or target in (aten.index.Tensor, aten.index_select.default, aten.clone.default)
+    return aliases_input(node) or qualified_name(node) in _REARRANGEMENTS
 
 
 def _blocks(order: Mapping[Node, int]) -> dict[str, list[Node]]:
@@ -236,8 +229,7 @@ def _most_alike(nodes: Sequence[Node], residual: Node, order: Mapping[Node, int]
 def _projections(mixer: Node, inside: frozenset[Node]) -> dict[str, Node]:
     spec = spec_of(mixer)
     assert spec is not None
-    assert isinstance(mixer.target, torch._ops.OpOverload)
-    names = [a.name for a in mixer.target._schema.arguments]
+    names = argument_names(mixer)
     is_attention = spec.name == "attention"
     nearest = {
         name: linear
@@ -269,7 +261,7 @@ def _distinct(nearest: dict[str, Node], first: str) -> dict[str, Node]:
 
 
 def _linear_before(value: object, inside: frozenset[Node]) -> Node | None:
-    level = [value] if isinstance(value, Node) else []
+    level: list[Node] = [value] if isinstance(value, Node) else []
     seen: set[Node] = set()
     while level:
         for node in level:
@@ -282,7 +274,7 @@ def _linear_before(value: object, inside: frozenset[Node]) -> Node | None:
 
 
 def _linear_after(node: Node, inside: frozenset[Node]) -> Node | None:
-    level: list[Any] = [node]
+    level: list[Node] = [node]
     seen: set[Node] = set()
     while level:
         users = [user for n in level for user in n.users if user in inside and user not in seen]

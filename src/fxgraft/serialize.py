@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast, get_args
 
-import sympy
+import sympy  # pyright: ignore[reportMissingTypeStubs]
 import torch
 from torch.fx import GraphModule
 
@@ -258,8 +258,8 @@ def _check_interface(program: Program) -> None:
             "restore the file",
         )
     outputs = [node for node in program.graph.nodes if node.op == "output"]
-    values = outputs[0].args[0] if len(outputs) == 1 and outputs[0].args else None
-    if not isinstance(values, (tuple, list)) or len(values) != len(program.outputs):
+    values: Any = outputs[0].args[0] if len(outputs) == 1 and outputs[0].args else None
+    if not isinstance(values, (tuple, list)) or len(cast(Any, values)) != len(program.outputs):
         raise SerializationError(
             f"{FILE} describes other outputs than its graph returns", "restore the file"
         )

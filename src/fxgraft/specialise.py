@@ -10,6 +10,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from fxgraft import graph as graphs
+from fxgraft.kernels.spec import expr
 from fxgraft.program import Program
 from fxgraft.state import StepProgram, step_inputs
 
@@ -45,7 +46,7 @@ def specialise(step: StepProgram, sizes: Mapping[str, int]) -> Program:
 def _use_constant(node: Node) -> None:
     """Replace reads of a size that has become a number by the number."""
     value = node.meta.get("val")
-    if isinstance(value, torch.SymInt) and value.node.expr.is_Integer:
+    if isinstance(value, torch.SymInt) and expr(value).is_Integer:
         value = int(value)
     if not isinstance(value, int) or node.op == "placeholder":
         return

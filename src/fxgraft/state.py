@@ -155,7 +155,7 @@ def _check_inputs(program: Program) -> None:
 
 def _check_causal(stateful: Sequence[tuple[Node, OpSpec]]) -> None:
     for node, spec in stateful:
-        if not spec.causal(node):
+        if spec.causal(node) is False:
             raise StateError(
                 f"{_where(node)} looks at later tokens (it is not causal)",
                 "step-by-step generation needs causal attention in every layer",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from typing import Any, cast
 
 from fxgraft.errors import SerializationError
 
 _MAX_DEPTH = 64
-Kinds = dict[str, type | tuple[type, ...]]
+Kinds = Mapping[str, type | tuple[type, ...]]
 
 
 def parse(text: bytes, where: str) -> Any:

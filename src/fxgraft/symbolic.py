@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
-import sympy
+import sympy  # pyright: ignore[reportMissingTypeStubs]
 import torch
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -60,7 +61,8 @@ def _hints(
     found: dict[str, int] = {}
     for name in names:
         allowed = dimensions.get(name, Range())
-        size = max(wanted.get(name, _FIRST_HINT), allowed.minimum, 2)
+        size = wanted.get(name, 0)
+        size = max(size if size > 1 else _FIRST_HINT, allowed.minimum)
         while size in found.values():
             size += 2
         if allowed.maximum is not None and size > allowed.maximum:
@@ -79,14 +81,11 @@ def _size(environment: ShapeEnv, name: str, hint: int) -> Size:
 
 
 def _derive(environment: ShapeEnv, expression: sympy.Expr, sizes: Mapping[str, Size]) -> Size:
-    known = {
-        symbol: sizes[str(symbol)].node.expr  # pyright: ignore[reportAttributeAccessIssue]
-        for symbol in expression.free_symbols
-    }
-    hints = {symbol: sizes[str(symbol)].node.hint for symbol in expression.free_symbols}  # pyright: ignore[reportAttributeAccessIssue]
-    return environment.create_symintnode(
-        expression.xreplace(known), hint=int(expression.subs(hints))
-    )
+    nodes = {symbol: cast(Any, sizes[str(symbol)]).node for symbol in expression.free_symbols}
+    named = cast(Any, expression)
+    size = named.xreplace({symbol: node.expr for symbol, node in nodes.items()})
+    hint = named.subs({symbol: node.hint for symbol, node in nodes.items()})
+    return environment.create_symintnode(size, hint=int(hint))
 
 
 def _fake(spec: Input, sizes: Mapping[str, Size], device: torch.device | str) -> torch.Tensor:
@@ -98,8 +97,9 @@ def hints_of(program: Program) -> dict[str, int]:
     """The size that stands in for each dynamic dimension of a Program."""
     found: dict[str, int] = {}
     for spec, node in zip(program.inputs, program.placeholders, strict=True):
-        for name, size in zip(spec.shape, node.meta["val"].shape, strict=True):
-            if isinstance(name, str) and isinstance(size, torch.SymInt) and size.node.has_hint():
+        sizes: list[Any] = list(node.meta["val"].shape)
+        for name, size in zip(spec.shape, sizes, strict=True):
+            if isinstance(name, str) and not isinstance(size, int) and size.node.has_hint():
                 found.setdefault(name, int(size.node.hint))
     return found
 
@@ -121,7 +121,8 @@ def derived_dimensions(program: Program) -> dict[str, sympy.Expr]:
     """Dimensions that follow from others, as expressions over named symbols."""
     names = named_symbols(program)
     free = {str(symbol) for symbol in names.values()}
-    return {name: size.xreplace(names) for name, size in _named_sizes(program) if name not in free}
+    derived = {name: cast(Any, size) for name, size in _named_sizes(program) if name not in free}
+    return {name: size.xreplace(names) for name, size in derived.items()}
 
 
 def _named_sizes(program: Program) -> list[tuple[str, sympy.Expr]]:
@@ -143,15 +144,14 @@ def check_dynamic(values: Sequence[torch.Tensor]) -> None:
         GraphError: names the dimension and what it was fixed to.
     """
     fakes = [value for value in values if isinstance(value, FakeTensor)]
-    if not fakes or fakes[0].fake_mode.shape_env is None:
+    environment = cast(Any, fakes[0].fake_mode.shape_env) if fakes else None
+    if environment is None:
         return
-    environment = fakes[0].fake_mode.shape_env
+    names = {symbol: found[0].name for symbol, found in environment.var_to_sources.items()}
     for symbol, value in environment.replacements.items():
-        source = environment.var_to_sources.get(symbol)
-        if source and value.is_Integer | isinstance(value, sympy.Symbol):
-            other = environment.var_to_sources.get(value, [None])[0]  # pyright: ignore[reportArgumentType]
-            name = value if other is None else repr(other.name)
+        if symbol in names and (value.is_Integer or value in names):
             raise GraphError(
-                f"the graph's shapes force dimension {source[0].name!r} to be {name}",
+                f"the graph's shapes force dimension {names[symbol]!r} to be "
+                f"{names.get(value, value)}",
                 "an op in the graph works for this size only; look at the pass that inserted it",
             )

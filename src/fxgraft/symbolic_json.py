@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, cast
 
-import sympy
+import sympy  # pyright: ignore[reportMissingTypeStubs]
 from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod
 
 from fxgraft.errors import SerializationError
 from fxgraft.strict_json import typed
 
-_FUNCTIONS: dict[str, Callable[..., sympy.Expr]] = {
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
     "add": sympy.Add,
     "multiply": sympy.Mul,
     "power": sympy.Pow,

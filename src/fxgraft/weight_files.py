@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,6 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fxgraft.atomic import write_file
@@ -24,6 +24,15 @@ SINGLE_FILE = "weights.safetensors"
 INDEX_FILE = "weights.safetensors.index.json"
 _FILE_NAME = re.compile(r"weights(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 SHARD_BYTES = 4 * 2**30
+_ALIGNMENT = 64
+_LENGTH = struct.Struct("<Q")
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8",
+    torch.bool: "BOOL", torch.complex64: "C64", torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -84,6 +93,11 @@ def _check_storable(name: str, weight: torch.Tensor) -> None:
             f"weight {name!r} is a {type(weight).__name__} with layout {weight.layout}",
             "replace it by plain dense tensors before saving",
         )
+    if weight.dtype not in _DTYPES:
+        raise SerializationError(
+            f"weight {name!r} has the dtype {weight.dtype}, which safetensors cannot hold",
+            "convert it before saving",
+        )
 
 
 def _identity(weight: torch.Tensor) -> object:
@@ -104,7 +118,7 @@ def write(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write tensors to one file, or to several with an index where they are large.
 
     Raises:
-        SerializationError: the files cannot be written.
+        OSError: the files cannot be written.
     """
     shards = list(_shards(tensors))
     files = [SINGLE_FILE]
@@ -132,22 +146,36 @@ def _shards(tensors: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.Ten
 
 
 def _write_shard(path: Path, shard: Mapping[str, torch.Tensor]) -> None:
-    # safetensors refuses tensors that overlap in memory.
-    seen: set[int] = set()
-    distinct: dict[str, torch.Tensor] = {}
-    for name, tensor in shard.items():
-        storage = tensor.untyped_storage().data_ptr()
-        distinct[name] = tensor.clone() if storage in seen else tensor.contiguous()
-        seen.add(storage)
-    try:
-        save_file(distinct, path, {"format": "pt"})
-        # safetensors makes files that only their owner may read.
-        path.chmod(path.parent.stat().st_mode & 0o666)
-    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        raise SerializationError(
-            f"the weights cannot be written to {path.name}: {error}",
-            "check free disk space and the dtypes; what was in the folder before is unchanged",
-        ) from error
+    """Write one safetensors file, tensor by tensor.
+
+    Its data starts at a multiple of 64 bytes, as memory from torch's allocator does: some
+    kernels sum in another order, or are slower, on other addresses.
+    """
+    ordered = dict(sorted(shard.items(), key=lambda item: item[1].nbytes % _ALIGNMENT != 0))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in ordered.items():
+        start, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + _LENGTH.size) % _ALIGNMENT)
+    with path.open("wb") as file:
+        file.write(_LENGTH.pack(len(text)))
+        file.write(text)
+        for tensor in ordered.values():
+            file.write(_raw(tensor))
+
+
+def _raw(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor, without a copy if it is in order and on the CPU."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    if flat.is_complex():
+        flat = torch.view_as_real(flat).reshape(-1)
+    return memoryview(cast(Any, flat.view(torch.uint8).numpy()))
 
 
 def read(folder: Path, entries: Mapping[str, Entry]) -> dict[str, torch.Tensor]:

@@ -227,6 +227,33 @@ def test_one_insertion_in_a_flat_graph() -> None:
     assert "(top level)" in str(found)
 
 
+class Weighted(nn.Module):
+    """Two weights of one module, read in either order."""
+
+    def __init__(self, swapped: bool) -> None:
+        super().__init__()
+        self.left, self.right = nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(3, 3))
+        self.swapped = swapped
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.swapped:
+            x = -x
+            right, left = x @ self.right, x @ self.left
+        else:
+            left, right = x @ self.left, x @ self.right
+        return left - right
+
+
+def test_weights_tell_nodes_apart() -> None:
+    programs = [
+        program_of(Weighted(swapped), {"x": torch.ones(2, 3)}, {"x": ("batch", 3)})
+        for swapped in (False, True)
+    ]
+    found = diff(*programs)
+    assert places(found.added) == [":neg"]
+    assert [[d.name for d in c.details] for c in found.rewired] == [["self"], ["self"]]
+
+
 def test_unrelated_programs() -> None:
     found = diff(flat(), net())
     assert len(found.removed) == 5
@@ -425,6 +452,13 @@ def test_law_chains(first: list[int], second: list[int]) -> None:
     assert contents(mirror(found)) == contents(diff(chain(second), chain(first)))
     assert ops_of(found.removed) == Counter(first) - Counter(second)
     assert ops_of(found.added) == Counter(second) - Counter(first)
+
+
+def test_too_large_to_align(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxgraft.diff_match._MOST_PAIRS", 0)
+    found = diff(chain([0, 1, 2, 0]), chain([1, 0, 2]))
+    assert ops_of(found.removed) == Counter([0])
+    assert not found.added
 
 
 def ops_of(changes: Iterable[NodeChange]) -> Counter[int]:

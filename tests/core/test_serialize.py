@@ -30,7 +30,7 @@ from fxgraft.state import insert_state
 
 @pytest.fixture(scope="module")
 def program() -> Program:
-    torch.manual_seed(0)
+    torch.manual_seed(0)  # pyright: ignore[reportUnknownMemberType]
     return tied()
 
 
@@ -190,6 +190,41 @@ def test_overlapping_weights_are_stored_apart(program: Program, tmp_path: Path) 
     assert torch.equal(loaded.weight("norm.bias"), base[4:12])
 
 
+def test_weights_of_every_dtype_survive(program: Program, tmp_path: Path) -> None:
+    changed = program.copy()
+    ones = torch.ones(3, 5)
+    dtypes = [
+        torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
+        torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8, torch.bool,
+        torch.complex64, torch.float8_e4m3fn, torch.float8_e5m2,
+    ]  # fmt: skip
+    for place, dtype in enumerate(dtypes):
+        changed.set_weight(f"kinds.{place}", ones.to(dtype))
+        changed.set_weight(f"scalars.{place}", torch.tensor(1).to(dtype))
+    changed.set_weight("empty", torch.empty(0, 4))
+    loaded = load(save(changed, tmp_path / "p"))
+    for name, weight in changed.weights():
+        found = loaded.weight(name)
+        assert found.dtype == weight.dtype
+        assert torch.equal(found.to(torch.complex128), weight.to(torch.complex128)), name
+
+
+def test_mapped_weights_are_aligned_like_allocated_ones(tmp_path: Path) -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.small = nn.Parameter(torch.randn(3))
+            self.large = nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.large(x) * self.small.sum()
+
+    spec = Input("x", torch.float32, ("rows", 16))
+    program = export(Odd(), (spec,), {"x": torch.randn(4, 16)})
+    loaded = load(save(program, tmp_path / "p"))
+    assert loaded.weight("large.weight").data_ptr() % 64 == 0
+
+
 def test_large_weights_are_sharded(
     program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -246,7 +281,7 @@ def test_the_programs_own_device_becomes_the_cpu() -> None:
 def test_weights_without_data_are_refused(program: Program, tmp_path: Path) -> None:
     changed = program.copy()
     changed.set_weight("norm.bias", torch.empty(8, device="meta"))
-    with pytest.raises(SerializationError, match="'norm.bias' has no data"):
+    with pytest.raises(SerializationError, match=r"'norm\.bias' has no data"):
         save(changed, tmp_path / "p")
     assert not list(tmp_path.iterdir())
 
@@ -298,7 +333,7 @@ def is_old(folder: Path, program: Program) -> bool:
     return torch.equal(bias, program.weight("norm.bias"))
 
 
-@pytest.mark.parametrize("event", [0, 2, 5, 9, 14])
+@pytest.mark.parametrize("event", [0, 3, 6, 9])
 def test_a_killed_save_leaves_the_old_program(program: Program, saved: Path, event: int) -> None:
     code = run_in_child(kill_at(event, lambda: save(shifted(program), saved)))
     assert code == -signal.SIGKILL

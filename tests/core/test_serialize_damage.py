@@ -1,4 +1,4 @@
-"""Loading hostile and damaged folders: nothing is executed, and every mistake is one clear error."""
+"""Loading hostile and damaged folders: nothing is executed, each mistake is one clear error."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FUZZ = settings(
 
 @pytest.fixture(scope="module")
 def program() -> Program:
-    torch.manual_seed(0)
+    torch.manual_seed(0)  # pyright: ignore[reportUnknownMemberType]
     return tied()
 
 
@@ -55,29 +55,29 @@ def test_a_newer_version_says_to_upgrade(saved: Path) -> None:
     assert "upgrade fxgraft" in str(refused(edit(saved, change)))
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda d: d.update(extra=1), "unknown field 'extra'"),
-        (lambda d: d["nodes"][3].update(extra=1), "node 3 has an unknown field 'extra'"),
-        (lambda d: d["inputs"][0].update(extra=1), "input 0 has an unknown field"),
-        (lambda d: d["nodes"][3]["meta"].update(extra="1"), "unknown field 'extra'"),
-        (lambda d: d.pop("nodes"), "no field 'nodes'"),
-        (lambda d: d.update(version="1"), "'version'"),
-        (lambda d: d.update(version=True), "'version'"),
-        (lambda d: d["inputs"][0].update(dtype="float33"), "float33"),
-        (lambda d: d["inputs"].clear(), "other inputs"),
-        (lambda d: d["inputs"][0].update(default="never"), "never"),
-        (lambda d: d["outputs"].pop(), "outputs"),
-        (lambda d: d["weights"].pop("norm.bias"), "norm.bias"),
-        (lambda d: d["weights"]["norm.bias"].update(tensor="absent"), "absent|norm.bias"),
-        (lambda d: d["weights"]["norm.bias"].update(order=[1, 0]), "order"),
-        (lambda d: d["nodes"].append(d["nodes"][3]), "occurs twice"),
-        (lambda d: d["nodes"].insert(0, d["nodes"].pop()), "node"),
-        (lambda d: d["nodes"].pop(), "."),
-        (lambda d: d["dimensions"].clear(), "."),
-    ],
-)
+DAMAGE: list[tuple[Callable[[dict[str, Any]], object], str]] = [
+    (lambda d: d.update(extra=1), "unknown field 'extra'"),
+    (lambda d: d["nodes"][3].update(extra=1), "node 3 has an unknown field 'extra'"),
+    (lambda d: d["inputs"][0].update(extra=1), "input 0 has an unknown field"),
+    (lambda d: d["nodes"][3]["meta"].update(extra="1"), "unknown field 'extra'"),
+    (lambda d: d.pop("nodes"), "no field 'nodes'"),
+    (lambda d: d.update(version="1"), "'version'"),
+    (lambda d: d.update(version=True), "'version'"),
+    (lambda d: d["inputs"][0].update(dtype="float33"), "float33"),
+    (lambda d: d["inputs"].clear(), "other inputs"),
+    (lambda d: d["inputs"][0].update(default="never"), "never"),
+    (lambda d: d["outputs"].pop(), "outputs"),
+    (lambda d: d["weights"].pop("norm.bias"), "norm.bias"),
+    (lambda d: d["weights"]["norm.bias"].update(tensor="absent"), "absent|norm.bias"),
+    (lambda d: d["weights"]["norm.bias"].update(order=[1, 0]), "order"),
+    (lambda d: d["nodes"].append(d["nodes"][3]), "occurs twice"),
+    (lambda d: d["nodes"].insert(0, d["nodes"].pop()), "node"),
+    (lambda d: d["nodes"].pop(), "."),
+    (lambda d: d["dimensions"].clear(), "."),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), DAMAGE)
 def test_damaged_json_is_one_clear_error(
     saved: Path, change: Callable[[dict[str, Any]], object], message: str
 ) -> None:
@@ -157,6 +157,7 @@ INJECTIONS: list[Callable[[dict[str, Any], str], object]] = [
     lambda d, code: d["nodes"][3]["args"].append({"node": code}),
     lambda d, code: d["nodes"][3]["args"].append({"dtype": code}),
     lambda d, code: d["nodes"][3]["args"].append({"device": code}),
+    lambda d, code: d["nodes"][3]["args"].append({"device": "cuda:99999999999"}),
     lambda d, code: d["nodes"][3]["args"].append({"float": code}),
     lambda d, code: d["nodes"][3]["args"].append({"complex": [code, "0"]}),
     lambda d, code: d["inputs"][0].update(dtype=code),
@@ -226,11 +227,11 @@ def test_a_truncated_file_is_always_refused(
 
 def places(value: Any) -> Iterator[tuple[Any, Any]]:
     """Every (container, key) in a JSON document."""
-    pairs = list(value.items() if isinstance(value, dict) else enumerate(value))
-    for key, item in pairs:
+    keys: list[Any] = list(value.keys() if hasattr(value, "keys") else range(len(value)))
+    for key in keys:
         yield value, key
-        if isinstance(item, (dict, list)):
-            yield from places(item)
+        if isinstance(value[key], (dict, list)):
+            yield from places(value[key])
 
 
 @FUZZ

@@ -2,46 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import linecache
-import re
 import tomllib
-from pathlib import Path
-from typing import Any
 
 import yaml
+from tests.docs._pages import ROOT, blocks_of, run_page
 
 from fxgraft.pipeline import Pipeline
 from fxgraft.transform import Pass
 
-PAGE = Path(__file__).parents[2] / "docs" / "write_a_pass.md"
-_BLOCK = re.compile(r"```(\w+)\n(.*?)```", re.DOTALL)
-
-
-def run_page(page: Path) -> dict[str, Any]:
-    """Execute a page's Python blocks in order and hold each ``text`` block against the output.
-
-    Returns:
-        The namespace that the blocks left.
-    """
-    namespace: dict[str, Any] = {"__name__": page.stem}
-    printed = ""
-    for number, (language, body) in enumerate(_BLOCK.findall(page.read_text())):
-        if language == "text":
-            assert printed == body, f"block {number} of {page.name}"
-        if language == "python":
-            output = io.StringIO()
-            file = f"{page.name}:{number}"
-            linecache.cache[file] = (len(body), None, body.splitlines(keepends=True), file)
-            with contextlib.redirect_stdout(output):
-                exec(compile(body, file, "exec", dont_inherit=True), namespace)
-            printed = output.getvalue()
-    return namespace
+PAGE = ROOT / "docs" / "write_a_pass.md"
 
 
 def blocks(language: str) -> list[str]:
-    return [body for kind, body in _BLOCK.findall(PAGE.read_text()) if kind == language]
+    return [block.body for block in blocks_of(PAGE, language)]
 
 
 def test_the_page_runs_and_prints_what_it_says() -> None:

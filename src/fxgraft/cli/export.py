@@ -9,6 +9,7 @@ import typer
 
 import fxgraft
 from fxgraft.cli.console import output, print_json, step
+from fxgraft.cli.reading import read
 from fxgraft.pipeline import Pipeline
 
 
@@ -22,8 +23,7 @@ def export(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
 ) -> None:
     """Export a model as ONNX, checked in onnxruntime."""
-    with step(f"read {source}"):
-        program = fxgraft.capture(source)
+    program = read(source)
     if passes is not None:
         with step(f"apply {passes}"):
             program = Pipeline.parse(passes).run(program)

@@ -7,12 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
-import fxgraft
 from fxgraft import registry
 from fxgraft.cli.console import output, print_json, step, table
+from fxgraft.cli.reading import read
 from fxgraft.errors import Error, InputError
 from fxgraft.pipeline import json_schema
 from fxgraft.transform import Pass
+from fxgraft.validation import type_name
 
 
 def passes(
@@ -64,10 +65,11 @@ def _describe(name: str) -> dict[str, Any]:
 
 def _print_one(name: str, facts: dict[str, Any]) -> None:
     output.print(f"[bold]{name}[/] ({facts['effect']}): {facts['summary']}", highlight=False)
+    fields = registry.find(name).model_fields
     rows = [
         [
             key,
-            str(value.get("type", value.get("anyOf", ""))),
+            type_name(fields[key].annotation),
             str(value.get("default", "required")),
             str(value.get("description", "")),
         ]
@@ -87,7 +89,7 @@ def diff(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
 ) -> None:
     """Show what differs between two Programs."""
-    programs = [_program(source) for source in (before, after)]
+    programs = [read(source) for source in (before, after)]
     changes = programs[1].diff(programs[0])
     if html is not None:
         changes.to_html(html)
@@ -102,11 +104,6 @@ def draw(
     out: Annotated[Path, typer.Option(help="File to write: .svg or .html.")],
 ) -> None:
     """Draw a Program by its layers."""
-    program = _program(source)
+    program = read(source)
     with step(f"draw to {out}"):
         program.draw(out)
-
-
-def _program(source: str) -> fxgraft.Program:
-    with step(f"read {source}"):
-        return fxgraft.capture(source)

@@ -10,9 +10,12 @@ import torch
 import typer
 
 import fxgraft
-from fxgraft.cli.console import change, messages, output, print_json, step, table
-from fxgraft.errors import Error, InputError
 from fxgraft import sources
+from fxgraft.backend import find_backend
+from fxgraft.cli.console import change, messages, output, print_json, step, table
+from fxgraft.cli.reading import read
+from fxgraft.errors import Error, InputError
+from fxgraft.generation.prompts import integers
 from fxgraft.history import Record
 from fxgraft.pipeline import PipelineFile
 from fxgraft.transform import apply
@@ -39,8 +42,12 @@ def run(
     source = model or file.model
     if source is None:
         raise InputError(f"{pipeline} names no model", "add `model: smollm2-135m`, or use --model")
-    with step(f"capture {source}"):
-        before = fxgraft.capture(source)
+    question = next(text for text in (prompt, file.prompt, _PROMPT) if text is not None)
+    if not question:
+        raise InputError("the prompt is empty", "give a text with --prompt")
+    if (backend or file.backend) != "auto":
+        find_backend(backend or file.backend)
+    before = read(source)
     file.pipeline.validate(before)
     after = before
     for item in file.pipeline.passes:
@@ -51,7 +58,7 @@ def run(
     if not as_json:
         print_passes(new)
     result["answers"] = _answers(
-        source, before, after, prompt or file.prompt or _PROMPT, max_new_tokens,
+        source, before, after, question, max_new_tokens,
         backend or file.backend, file.options, as_json,
     )  # fmt: skip
     if out is not None:
@@ -93,15 +100,15 @@ def _answers(
 ) -> dict[str, Any]:
     if "logits" not in before.outputs or "input_ids" not in {i.name for i in before.inputs}:
         return {}
-    tokenizer = sources.tokenizer(source)
+    tokenizer = sources.tokenizer(before.origin.get("source") or source)
     ids = encode(tokenizer, prompt)
-    answers: dict[str, Any] = {"prompt": prompt, "prompt_tokens": ids[0].tolist()}
+    answers: dict[str, Any] = {"prompt": prompt, "prompt_tokens": integers(ids[0])}
     for name, program in (("before", before), ("after", after)):
         with step(f"answer {name} the passes"):
             compiled = fxgraft.compile(program, backend=backend, options=options)
             tokens = compiled.generate(ids, max_new_tokens=max_new_tokens)[0, ids.shape[1] :]
         answers[name] = tokenizer.decode(tokens, skip_special_tokens=True)
-        answers[f"{name}_tokens"] = tokens.tolist()
+        answers[f"{name}_tokens"] = integers(tokens)
         answers[f"{name}_backend"] = compiled.backend
         if not quiet:
             output.print(f"[bold]{name}[/] ({compiled.backend}):", highlight=False)
@@ -153,7 +160,7 @@ def _compare_onnx(after: fxgraft.Program, answers: dict[str, Any]) -> None:
         prompt = torch.tensor([answers["prompt_tokens"]])
         wanted = answers["after_tokens"]
         tokens = compiled.generate(prompt, max_new_tokens=len(wanted))[0, prompt.shape[1] :]
-    answers["onnx_tokens"] = tokens.tolist()
+    answers["onnx_tokens"] = integers(tokens)
     if answers["onnx_tokens"] != wanted:
         raise Error(
             "onnxruntime generates other tokens than the compiled model",

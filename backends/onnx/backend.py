@@ -1,0 +1,60 @@
+"""The ONNX backend: what the rest of fxgraft calls."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from fxgraft.backend import Backend
+from fxgraft.backends.onnx.options import parse
+from fxgraft.program import Program
+
+if TYPE_CHECKING:
+    from fxgraft.backends.onnx.compiled import OnnxCompiled
+
+_PACKAGES = ("onnx", "onnxruntime")
+
+
+class OnnxBackend(Backend):
+    """Writes Programs as ONNX and runs them in onnxruntime on the CPU."""
+
+    name: ClassVar[str] = "onnx"
+
+    def available(self) -> str | None:
+        """Which package is missing, if one is."""
+        missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+        return f"not installed: {', '.join(missing)}" if missing else None
+
+    def lower(self, program: Program, **options: Any) -> OnnxCompiled:
+        """See ``Backend.lower``; options are the fields of ``OnnxOptions``.
+
+        Operators are translated at the first call or generation, and fail then.
+        """
+        from fxgraft.backends.onnx.compiled import OnnxCompiled
+
+        return OnnxCompiled(program, parse(options))
+
+    def export(self, program: Program, folder: Path, **options: Any) -> Path:
+        """Write a Program as ONNX files and check them in onnxruntime.
+
+        Causal language models become ``prefill.onnx``, ``decode.onnx`` and ``weights.bin``, others
+        ``model.onnx``, with ``weights.bin`` if they are larger than 1.5 GB; ``fxgraft.json`` says
+        what is there. See ``docs/onnx.md``.
+
+        Args:
+            program: what to write; it is not changed.
+            folder: is created; an older export there is replaced when all is well.
+            options: fields of ``OnnxOptions``.
+
+        Raises:
+            LoweringError: a node has no ONNX form, or the result differs from the Program.
+            InputError: an option is unknown or wrong.
+            SerializationError: the folder cannot be written, or holds something else.
+        """
+        from fxgraft.backends.onnx.exporting import export
+
+        return export(program, folder, parse(options))
+
+
+BACKEND = OnnxBackend()
