@@ -54,7 +54,7 @@ def load(source: str | Path, model_class: str | None = None) -> Loaded:
     is_path = isinstance(source, Path) or source.endswith(".gguf") or source[:1] in (".", "/", "~")
     if is_path:
         raise InputError(f"argument 'model': {str(source)!r} does not exist", "check the path")
-    return _load_hub(source, model_class)
+    return _load_hub(str(source), model_class)
 
 
 def _keep(program: Program) -> None:
@@ -127,12 +127,12 @@ def _load_folder(folder: Path, model_class: str | None) -> Loaded:
 
 
 def _load_hub(name: str, model_class: str | None) -> Loaded:
-    from huggingface_hub import snapshot_download
+    import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
     try:
-        folder = Path(cast(Any, snapshot_download)(name, allow_patterns=patterns))
+        folder = Path(cast(Any, huggingface_hub).snapshot_download(name, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
             f"argument 'model': {name!r} is no local path and cannot be fetched from the hub: "

@@ -8,7 +8,7 @@ tensors are built.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any, cast
 
 import torch
@@ -37,7 +37,7 @@ def is_transformers(model: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def emit_ops(model: nn.Module) -> Iterator[None]:
+def emit_ops(model: nn.Module) -> Generator[None]:
     """While active, the model's attention, masks and recurrences emit fxgraft ops."""
     _register()
     with _attention_implementation(cast(Any, model), _NAME), emit_recurrences(model):
@@ -45,7 +45,7 @@ def emit_ops(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def emit_recurrences(model: nn.Module) -> Iterator[None]:
+def emit_recurrences(model: nn.Module) -> Generator[None]:
     """While active, only the model's recurrences emit fxgraft ops."""
     from fxgraft.frontends.recurrent import emit_recurrent_ops
 
@@ -57,12 +57,12 @@ def _register() -> None:
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
-    AttentionInterface.register(_NAME, _attention)
-    AttentionMaskInterface.register(_NAME, _mask)
+    cast(Any, AttentionInterface).register(_NAME, _attention)
+    cast(Any, AttentionMaskInterface).register(_NAME, _mask)
 
 
 @contextlib.contextmanager
-def _attention_implementation(model: Any, name: str) -> Iterator[None]:
+def _attention_implementation(model: Any, name: str) -> Generator[None]:
     configs = _configs(model)
     previous = [getattr(config, "_attn_implementation_internal", None) for config in configs]
     for config in configs:
@@ -145,14 +145,15 @@ def _mask(
     **kwargs: Any,
 ) -> torch.Tensor | None:
     """transformers' mask interface: a [B, 1, S, T] keep-mask described by one op."""
-    from transformers.masking_utils import causal_mask_function, sdpa_mask
+    from transformers import masking_utils
+    from transformers.masking_utils import causal_mask_function
 
     function = mask_function or causal_mask_function
     rule = _visibility(function)
     if rule is None:
         kwargs["allow_is_causal_skip"] = False
         kwargs["allow_is_bidirectional_skip"] = False
-        return cast(Any, sdpa_mask)(
+        return cast(Any, masking_utils).sdpa_mask(
             batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset,
             kv_offset=kv_offset, mask_function=function, attention_mask=attention_mask,
             device=device, **kwargs,

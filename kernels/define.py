@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import zip_longest
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from fxgraft.kernels.spec import OpSpec, register
 
-LIBRARY = torch.library.Library("fxgraft", "DEF")
+# torch.library is only partly typed.
+LIBRARY: Any = torch.library.Library("fxgraft", "DEF")
+_library: Any = torch.library
 
 
 def define(
@@ -36,15 +38,18 @@ def define(
     qualified = f"fxgraft::{spec.name}"
     LIBRARY.define(spec.name + schema)
     LIBRARY.impl(spec.name, implementation or spec.reference, "CompositeExplicitAutograd")
-    torch.library.register_fake(qualified, fake, lib=LIBRARY)
-    torch.library.register_autograd(
+    _library.register_fake(qualified, fake, lib=LIBRARY)
+    _library.register_autograd(
         qualified, _backward(spec.reference), setup_context=_setup_context, lib=LIBRARY
     )
     return spec
 
 
 def _setup_context(
-    ctx: Any, inputs: tuple[Any, ...], output: Any, keyword_only_inputs: dict[str, Any] | None = None
+    ctx: Any,
+    inputs: tuple[Any, ...],
+    output: Any,
+    keyword_only_inputs: dict[str, Any] | None = None,
 ) -> None:
     tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
     ctx.save_for_backward(*tensors)
@@ -64,7 +69,9 @@ def _backward(reference: Callable[..., Any]) -> Callable[..., Any]:
                 )
             ]
             outputs = reference(*inputs, **ctx.keywords)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        outputs = cast(
+            "tuple[torch.Tensor, ...]", outputs if isinstance(outputs, tuple) else (outputs,)
+        )
         pairs = [
             (output, gradient)
             for output, gradient in zip(outputs, output_gradients, strict=True)

@@ -6,17 +6,19 @@ them knows an op by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, cast
 
 import sympy
 import torch
+from torch._ops import OpOverload
 from torch.fx import Node
 
 from fxgraft.errors import Error
 
 Expr = sympy.Expr
+ZERO = sympy.Integer(0)
 Kind = Literal["mixer", "norm", "position", "activation", "intervention", "linear", "mask"]
 
 
@@ -55,10 +57,10 @@ class Cost:
         state_bytes: bytes of state that the node keeps between steps.
     """
 
-    flops: Expr = sympy.Integer(0)
-    bytes_read: Expr = sympy.Integer(0)
-    bytes_written: Expr = sympy.Integer(0)
-    state_bytes: Expr = sympy.Integer(0)
+    flops: Expr = ZERO
+    bytes_read: Expr = ZERO
+    bytes_written: Expr = ZERO
+    state_bytes: Expr = ZERO
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(
@@ -94,7 +96,7 @@ class OpSpec:
     causal: Callable[[Node], bool | None] = lambda node: True
 
     @property
-    def overload(self) -> torch._ops.OpOverload:
+    def overload(self) -> OpOverload:
         """The operator that appears as a node's target."""
         return getattr(torch.ops.fxgraft, self.name).default
 
@@ -124,9 +126,14 @@ def spec_of(node: Node) -> OpSpec | None:
     if node.op != "call_function":
         return None
     target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "fxgraft":
+    if not isinstance(target, OpOverload) or target.namespace != "fxgraft":
         return None
     return _SPECS.get(target.name().split("::")[1].split(".")[0])
+
+
+def _schema(node: Node) -> Any:
+    """The schema of the operator that a node calls."""
+    return cast(Any, node.target)._schema
 
 
 def argument(node: Node, name: str) -> object:
@@ -135,8 +142,7 @@ def argument(node: Node, name: str) -> object:
     Raises:
         Error: the op has no such argument.
     """
-    assert isinstance(node.target, torch._ops.OpOverload)
-    for position, schema_argument in enumerate(node.target._schema.arguments):
+    for position, schema_argument in enumerate(_schema(node).arguments):
         if schema_argument.name != name:
             continue
         if name in node.kwargs:
@@ -149,8 +155,7 @@ def argument(node: Node, name: str) -> object:
 
 def set_argument(node: Node, name: str, value: object) -> None:
     """Make a call node pass ``value`` for the op argument ``name``."""
-    assert isinstance(node.target, torch._ops.OpOverload)
-    names = [a.name for a in node.target._schema.arguments]
+    names = [a.name for a in _schema(node).arguments]
     position = names.index(name)
     if name not in node.kwargs and position < len(node.args):
         node.update_arg(position, value)  # pyright: ignore[reportArgumentType]
@@ -167,11 +172,11 @@ def dims(value: object) -> tuple[Expr, ...]:
     if isinstance(value, Node):
         value = value.meta["val"]
     if isinstance(value, (tuple, list)):
-        value = value[0]
+        value = cast("Sequence[object]", value)[0]
     assert isinstance(value, torch.Tensor)
     return tuple(expr(size) for size in value.shape)
 
 
 def expr(size: int | torch.SymInt) -> Expr:
     """A dimension as a sympy expression."""
-    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+    return cast(Any, size).node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)

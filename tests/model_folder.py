@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from fxgraft.passes.seal import SteeringVector
 from tests import models
 
-HIDDEN, LAYERS, VOCABULARY, CONTEXT = 64, 3, 300, 96
+HIDDEN, LAYERS, VOCABULARY, CONTEXT = 64, 2, 300, 96
 TEXT = "a\n\n<think>one\n\ntwo\n\nthree</think>four\n\nfive"
 """A text in which ``seal`` fires twice."""
 

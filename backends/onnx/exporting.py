@@ -23,6 +23,7 @@ from fxgraft.facts import causal_lm
 from fxgraft.program import Program
 from fxgraft.state import StepProgram, insert_state
 from fxgraft.stepping import ProgramFacts, check_steps
+from fxgraft.version import __version__
 
 MANIFEST = "fxgraft.json"
 FORMAT = 1
@@ -112,10 +113,8 @@ def _checked(program: Program, error: float | None) -> dict[str, Any]:
 
 
 def _common(options: OnnxOptions) -> dict[str, Any]:
-    import fxgraft  # the version is known only once fxgraft is imported
-
     versions = {
-        "fxgraft": fxgraft.__version__,
+        "fxgraft": __version__,
         "torch": torch.__version__,
         "onnx": onnx.__version__,
         "onnxruntime": onnxruntime.__version__,

@@ -21,8 +21,6 @@ from fxgraft.operators import aliases_input, operator_of, qualified_name
 from fxgraft.program import Program
 
 aten = torch.ops.aten
-# In-place operators whose functional form has no underscore only.
-_FORMS: dict[Any, Any] = {aten.detach_.default: aten.alias.default}
 _SAME_STORAGE = frozenset({
     "aten::to", "aten::contiguous", "aten::reshape", "aten::dropout", "aten::type_as",
     "aten::flatten",
@@ -42,6 +40,9 @@ def functional(program: Program) -> Program:
     if not any(map(_is_mutable, program.graph.nodes)):
         return program
     copy = program.copy()
+    for node in copy.graph.find_nodes(op="call_function", target=aten.detach_.default):
+        node.replace_all_uses_with(node.args[0])
+        copy.graph.erase_node(node)
     for node in list(copy.graph.nodes):
         if _is_mutable(node):
             _replace(node)
@@ -91,7 +92,7 @@ def _functional_form(node: Node, changed: Node) -> Node:
     if target is aten.copy_.default:
         source = graphs.insert(node, aten.to.dtype, (node.args[1], changed.meta["val"].dtype))
         return graphs.insert(node, aten.expand_as.default, (source, changed))
-    form = _FORMS.get(target) or _same_without_underscore(target)
+    form = _same_without_underscore(target)
     if form is None:
         raise _error(node, "it has no functional form")
     return graphs.insert(node, form, node.args, dict(node.kwargs))

@@ -10,6 +10,7 @@ from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto, helper
 from fxgraft.backends.onnx.builder import Attribute, Body, Builder, OnnxNode, Value
 from fxgraft.backends.onnx.types import element_type
 from fxgraft.backends.onnx.weights import WeightFile
+from fxgraft.version import __version__
 
 Shape = Sequence[int | str] | None
 
@@ -48,8 +49,6 @@ def to_model(
         [weights.initializer(value) for value in constants],
     )
     opset = [helper.make_opsetid("", b.opset)]
-    from fxgraft import __version__  # the version is known only once fxgraft is imported
-
     return helper.make_model(
         graph,
         opset_imports=opset,

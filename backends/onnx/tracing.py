@@ -15,6 +15,7 @@ from torch.fx.node import map_arg
 
 from fxgraft import graph as graphs
 from fxgraft.kernels.spec import expr
+from fxgraft.operators import operator_of
 
 Values = Sequence[Any]
 
@@ -33,7 +34,7 @@ def take_apart(node: Node) -> GraphModule | None:
         table = dict(zip(inputs, values, strict=True))
         args = map_arg(node.args, lambda n: table[n])
         kwargs = map_arg(node.kwargs, lambda n: table[n])
-        return node.target(*args, **kwargs)  # pyright: ignore[reportCallIssue]
+        return operator_of(node)(*args, **kwargs)
 
     with graphs.fake_mode(node.graph), torch.no_grad():
         examples = [_own(source.meta["val"]) for source in inputs]

@@ -104,7 +104,8 @@ class TorchCompiled(Compiled):
             if (spec := spec_of(node))
         }
         lines = [
-            ReportLine(op, count, *self._runs_on(op, op in ours)) for op, count in counts.most_common()
+            ReportLine(op, count, *self._runs_on(op, op in ours))
+            for op, count in counts.most_common()
         ]
         return Report("torch", lines, self._notes())
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
 
 from fxgraft import graph as graphs
 from fxgraft.kernels.spec import argument, dims, spec_of
@@ -61,7 +62,7 @@ def _one_row_linear(node: Node) -> None:
 def _is_plain_decode(node: Node) -> bool:
     query = argument(node, "query")
     plain = all(argument(node, name) is None for name in ("bias", "sinks", "chunk"))
-    return plain and dims(query)[2] == 1
+    return plain and str(dims(query)[2]) == "1"
 
 
 def _one_query_attention(node: Node) -> None:
@@ -104,8 +105,8 @@ def _inline(node: Node, reference: Any) -> None:
 
     def call(*values: Any) -> Any:
         table = dict(zip(inputs, values, strict=True))
-        args = torch.fx.node.map_arg(node.args, lambda n: table[n])
-        kwargs = torch.fx.node.map_arg(node.kwargs, lambda n: table[n])
+        args = map_arg(node.args, lambda n: table[n])
+        kwargs = map_arg(node.kwargs, lambda n: table[n])
         return reference(*args, **kwargs)
 
     examples = [source.meta["val"] for source in inputs]
@@ -116,8 +117,9 @@ def _inline(node: Node, reference: Any) -> None:
     )
     for inner in traced.graph.nodes:
         if inner.op == "call_function":
-            args = torch.fx.node.map_arg(inner.args, lambda n: copies[n])
-            kwargs = torch.fx.node.map_arg(inner.kwargs, lambda n: copies[n])
+            args = map_arg(inner.args, lambda n: copies[n])
+            kwargs = map_arg(inner.kwargs, lambda n: copies[n])
             copies[inner] = graphs.insert(node, inner.target, args, dict(kwargs))
     result = traced.graph.output_node().args[0]
+    assert isinstance(result, Node)
     _replace(node, copies[result])

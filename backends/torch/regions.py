@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
 
 from fxgraft import graph as graphs
 
@@ -82,7 +83,7 @@ def _key(graph: Graph) -> str:
     number: dict[Node, int] = {}
     for node in graph.nodes:
         number[node] = len(number)
-        args = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: f"%{number[n]}")
+        args = map_arg((node.args, node.kwargs), lambda n: f"%{number[n]}")
         value = node.meta.get("val")
         shape = graphs.signature(value) if node.op == "placeholder" else ""
         lines.append(f"{node.op} {node.target if node.op != 'placeholder' else ''} {args} {shape}")

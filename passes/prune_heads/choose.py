@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,13 +26,17 @@ def _magnitude(program: Program, heads: Heads) -> Tensor:
     value = value.float() if heads.value.rows_first else value.float().T
     output = output.float() if heads.output.rows_first else output.float().T
     group = heads.query_heads // heads.kv_heads
-    norms = [value[rows.flatten()].norm() for rows in heads.value.index]
+    norms = [_norm(value[rows.flatten()]) for rows in heads.value.index]
     return torch.stack(
         [
-            norms[head // group] * output[:, columns.flatten()].norm()
+            norms[head // group] * _norm(output[:, columns.flatten()])
             for head, columns in enumerate(heads.output.index)
         ]
     )
+
+
+def _norm(matrix: Tensor) -> Tensor:
+    return matrix.square().sum().sqrt()
 
 
 def random(layers: Sequence[Heads], seed: int) -> list[Tensor]:
@@ -49,8 +53,8 @@ def from_file(path: Path, layers: Sequence[Heads]) -> list[Tensor]:
     """
     place = f"pass 'prune_heads': field 'scores': {path}"
     try:
-        with safe_open(path, framework="pt") as file:
-            scores = file.get_tensor("scores").float()
+        with cast(Any, safe_open)(path, framework="pt") as file:
+            scores = cast(Tensor, file.get_tensor("scores")).float()
     except (OSError, SafetensorError) as error:
         raise InputError(
             f"{place} cannot be used: {error}", "give a safetensors file with a tensor 'scores'"
@@ -85,7 +89,7 @@ def select(
         for index, row in enumerate(scores):
             allowed = max(len(row) - min_heads, 0)
             count = min(round(sparsity * len(row)), allowed)
-            removed[index] = set(row.argsort()[:count].tolist())
+            removed[index] = {int(head) for head in row.argsort()[:count]}
         return removed
     ranked = sorted(
         (float(score), layer, head)

@@ -20,6 +20,7 @@ from torch.fx.node import map_arg
 from fxgraft import graph as graphs
 from fxgraft.errors import PassError
 from fxgraft.kernels.spec import argument, dims
+from fxgraft.operators import qualified_name
 from fxgraft.program import Program
 
 aten = torch.ops.aten
@@ -167,10 +168,7 @@ def _comes_from_linear(node: Node) -> bool:
 
 def op_name(node: Node) -> str:
     """An operator's name without its overload, for example ``"aten::view"``."""
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return target._schema.name
-    return getattr(target, "__name__", str(target))
+    return qualified_name(node) or getattr(node.target, "__name__", str(node.target))
 
 
 def _moves_data(node: Node) -> bool:

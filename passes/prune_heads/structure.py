@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -146,7 +146,7 @@ def _shape_like(anchor: Node, flat: Node, projection: Projection, count: int) ->
     boundary, axis = projection.boundary, projection.heads_at
     width = len(projection.index[0])
     sizes = dims(boundary)
-    if len(sizes) != 4 or sizes[3].is_Integer and int(sizes[3]) != width:
+    if len(sizes) != 4 or (sizes[3].is_Integer and int(sizes[3]) != width):
         raise refuse(boundary, "heads are not laid out as [batch, sequence, heads, channels]")
     batch = graphs.insert(anchor, aten.sym_size.int, (flat, 0))
     length = graphs.insert(anchor, aten.sym_size.int, (flat, 1))
@@ -164,7 +164,7 @@ def _fix_head_counts(users: list[Node], before: int, after: int) -> None:
             continue
         seen.add(node)
         if op_name(node) in {"aten::view", "aten::reshape", "aten::expand"}:
-            sizes = list(node.args[1])  # pyright: ignore[reportArgumentType]
+            sizes = list(cast("list[int | Node]", node.args[1]))
             shape = [size if isinstance(size, int) else -1 for size in sizes]
             if len(shape) == 4 and before in shape[1:3]:
                 place = shape.index(before, 1)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 _NEWLINE, _RETURN = ord("\n"), ord("\r")
@@ -79,7 +80,7 @@ def build(
         fire_byte.append(fires)
     next_state, fire = _over_tokens(np.array(next_byte), np.array(fire_byte), vocabulary)
     return Automaton(
-        torch.from_numpy(next_state.astype(np.uint8)), torch.from_numpy(fire), initial=0
+        torch.tensor(next_state, dtype=torch.uint8), torch.tensor(fire, dtype=torch.bool), initial=0
     )
 
 
@@ -110,8 +111,8 @@ def _match(tag: bytes, length: int, byte: int) -> int:
 
 
 def _over_tokens(
-    next_byte: np.ndarray, fire_byte: np.ndarray, vocabulary: Sequence[bytes]
-) -> tuple[np.ndarray, np.ndarray]:
+    next_byte: NDArray[np.int64], fire_byte: NDArray[np.bool_], vocabulary: Sequence[bytes]
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """Run the byte automaton over every token from every state at once."""
     count = len(next_byte)
     state = np.repeat(np.arange(count)[:, None], len(vocabulary), 1)
@@ -119,7 +120,7 @@ def _over_tokens(
     lengths = np.array([len(token) for token in vocabulary])
     for place in range(int(lengths.max(initial=0))):
         longer = np.nonzero(lengths > place)[0]
-        byte = np.array([vocabulary[token][place] for token in longer])
+        byte = np.array([vocabulary[int(token)][place] for token in longer])
         before = state[:, longer]
         fire[:, longer] |= fire_byte[before, byte]
         state[:, longer] = next_byte[before, byte]

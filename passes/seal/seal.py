@@ -87,7 +87,9 @@ class Seal(Pass):
         fired = self._insert_automaton(program, tables)
         self._insert_steer(program, stream, fired, vector.direction, index)
         graphs.finish(program.graph_module)
-        place = "after the final norm" if index == len(program.layers) else f"entering block {index}"
+        place = (
+            "after the final norm" if index == len(program.layers) else f"entering block {index}"
+        )
         return [f"vector added {place}, coefficient {self.coefficient:g}"]
 
     def _stream(self, program: Program, index: int) -> Node:

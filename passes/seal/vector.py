@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import torch as safetensors_torch
 from torch import Tensor
 
 from fxgraft.errors import InputError
@@ -51,7 +51,7 @@ class SteeringVector:
             "model": self.model,
             "hidden_size": str(self.vector.shape[0]),
         }
-        save_file({"vector": self.vector.contiguous()}, path, metadata)
+        cast(Any, safetensors_torch).save_file({"vector": self.vector.contiguous()}, path, metadata)
         return path
 
     @staticmethod
@@ -64,7 +64,7 @@ class SteeringVector:
         """
         place = f"pass 'seal': field 'vector': {path}"
         try:
-            with safe_open(path, framework="pt") as file:
+            with cast(Any, safe_open)(path, framework="pt") as file:
                 metadata = cast("dict[str, str]", file.metadata() or {})
                 vector = cast(Tensor, file.get_tensor("vector"))
         except (OSError, SafetensorError) as error:
@@ -84,6 +84,4 @@ class SteeringVector:
                 f"{place} does not state its sign convention and layer (its metadata: {metadata})",
                 "write 'convention' ('E-RT' or 'RT-E') and 'layer' into the file's metadata",
             )
-        return SteeringVector(
-            vector, convention, int(metadata["layer"]), metadata.get("model", "")
-        )
+        return SteeringVector(vector, convention, int(metadata["layer"]), metadata.get("model", ""))

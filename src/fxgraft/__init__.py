@@ -6,9 +6,7 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
-
-import fxgraft.kernels  # noqa: F401  (registers the ops that graphs are made of)
+from fxgraft import kernels as _kernels  # registers the ops that graphs are made of
 from fxgraft.api import capture, compile, export_onnx, load
 from fxgraft.backend import Backend, Compiled, Outputs
 from fxgraft.errors import Error
@@ -16,11 +14,9 @@ from fxgraft.pipeline import Pipeline
 from fxgraft.program import Input, Program, Range
 from fxgraft.state import StepProgram, insert_state
 from fxgraft.transform import Effect, Pass
+from fxgraft.version import __version__
 
-try:
-    __version__ = version("fxgraft")
-except PackageNotFoundError:
-    __version__ = "0+source"
+_ = _kernels
 
 __all__ = [
     "Backend",
@@ -34,6 +30,7 @@ __all__ = [
     "Program",
     "Range",
     "StepProgram",
+    "__version__",
     "capture",
     "compile",
     "export_onnx",

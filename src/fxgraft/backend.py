@@ -181,9 +181,8 @@ class Compiled(ABC):
 
 def backend_names() -> list[str]:
     """Names of all backends."""
-    import fxgraft.backends
-
-    return sorted(m.name for m in pkgutil.iter_modules(fxgraft.backends.__path__) if m.ispkg)
+    package = importlib.import_module("fxgraft.backends")
+    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.ispkg)
 
 
 def find_backend(name: str) -> Backend:
@@ -198,4 +197,3 @@ def find_backend(name: str) -> Backend:
             f"the backends are: auto, {', '.join(backend_names())}",
         )
     return importlib.import_module(f"fxgraft.backends.{name}").BACKEND
-

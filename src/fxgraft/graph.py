@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable
 from typing import Any, cast
 
 import torch
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import Argument, map_arg
@@ -28,7 +29,7 @@ _INHERITED = ("module", "source")
 
 
 @contextlib.contextmanager
-def made_by(name: str) -> Iterator[None]:
+def made_by(name: str) -> Generator[None]:
     """Stamp every node inserted inside with ``meta["made_by"] = name``."""
     token = _made_by.set(name)
     try:
@@ -172,6 +173,7 @@ def propagate(module: GraphModule) -> None:
 
 
 def signature(value: Any) -> object:
+    """Shape and dtype of a value, or of each of several, comparable with ``==``."""
     if isinstance(value, torch.Tensor):
         return (tuple(str(size) for size in value.shape), value.dtype)
     if isinstance(value, (tuple, list)):
@@ -191,11 +193,15 @@ def finish(module: GraphModule) -> None:
 def drop_unused_weights(module: GraphModule) -> None:
     """Remove parameters and buffers that no node reads."""
     used = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
-    for path, owner in list(module.named_modules()):
+    for path, owner in cast("list[tuple[str, torch.nn.Module]]", [*module.named_modules()]):
         prefix = f"{path}." if path else ""
-        for store in (owner._parameters, owner._buffers):
-            for key in [key for key in store if prefix + key not in used]:
-                del store[key]
+        stored = [
+            *owner.named_parameters(recurse=False, remove_duplicate=False),
+            *owner.named_buffers(recurse=False, remove_duplicate=False),
+        ]
+        for key, _ in stored:
+            if prefix + key not in used:
+                delattr(owner, key)
 
 
 def set_weight(module: GraphModule, name: str, value: torch.Tensor) -> None:
@@ -206,13 +212,13 @@ def set_weight(module: GraphModule, name: str, value: torch.Tensor) -> None:
     *parents, leaf = name.split(".")
     owner: torch.nn.Module = module
     for part in parents:
-        child = owner._modules.get(part)
-        if child is None:
+        child = getattr(owner, part, None)
+        if not isinstance(child, torch.nn.Module):
             child = torch.nn.Module()
             owner.add_module(part, child)
         owner = child
-    for store in (owner._parameters, owner._buffers):
-        store.pop(leaf, None)
+    if hasattr(owner, leaf):
+        delattr(owner, leaf)
     if isinstance(value, torch.nn.Parameter):
         owner.register_parameter(leaf, value)
     else:
@@ -222,7 +228,7 @@ def set_weight(module: GraphModule, name: str, value: torch.Tensor) -> None:
 def short_target(node: Node) -> str:
     """An operator's readable name: ``aten.linear``, ``fxgraft.attention``, ``getitem``."""
     target = node.target
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         namespace, name = target.name().split("::")
         return f"{namespace}.{name}"
     return target if isinstance(target, str) else getattr(target, "__name__", str(target))

@@ -131,7 +131,7 @@ class Program:
     def set_weight(self, name: str, value: torch.Tensor) -> None:
         """Replace or add a weight; refresh the shapes of what reads it."""
         graphs.set_weight(self.graph_module, name, value)
-        readers = [n for n in self.graph.find_nodes(op="get_attr", target=name)]
+        readers = list(self.graph.find_nodes(op="get_attr", target=name))
         graphs.refresh(readers)
 
     def add_weight(self, name: str, value: torch.Tensor) -> str:

@@ -187,7 +187,10 @@ def page(results: Sequence[Result]) -> str:
         lines += ["", f"## {result.name} ({result.system})", ""]
         packages = ", ".join(f"{name} {number}" for name, number in result.versions.items())
         lines += [f"{result.hardware}; {packages}; {result.date}; `{result.command}`", ""]
-        lines += ["| metric | value | target | met | peer | bound |", "| --- | --- | --- | --- | --- | --- |"]
+        lines += [
+            "| metric | value | target | met | peer | bound |",
+            "| --- | --- | --- | --- | --- | --- |",
+        ]
         lines += [_page_row(entry) for entry in result.rows]
         lines += [f"\n{note}" for note in result.notes]
     return "\n".join(lines) + "\n"

@@ -17,7 +17,7 @@ import operator
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import sympy
 import torch
@@ -122,7 +122,9 @@ def insert_state(program: Program, *, all_logits: bool = False) -> StepProgram:
     _check_inputs(program)
     copy = program.copy()
     work = _Insertion(copy, copy.symbols)
-    stateful = [(node, spec) for node in copy.graph.nodes if (spec := spec_of(node)) and spec.states]
+    stateful = [
+        (node, spec) for node in copy.graph.nodes if (spec := spec_of(node)) and spec.states
+    ]
     _check_causal(stateful)
     token_nodes = _token_nodes(copy)
     _check_mixing(work, token_nodes)
@@ -233,7 +235,9 @@ def _call_before(anchor: Node, target: Callable[..., Any], args: tuple[Any, ...]
     return node
 
 
-def _placeholder(work: _Insertion, name: str, dtype: torch.dtype, shape: tuple[int | str, ...]) -> Node:
+def _placeholder(
+    work: _Insertion, name: str, dtype: torch.dtype, shape: tuple[int | str, ...]
+) -> Node:
     last = work.program.placeholders[-1]
     with work.graph.inserting_after(last):
         node = work.graph.placeholder(name)
@@ -269,7 +273,7 @@ def _add_growing(work: _Insertion, name: str, node: Node, state: State) -> None:
 def _keep_last(anchor: Node, joined: Node, dim: int, kept: int) -> Node:
     size = _call_before(anchor, aten.sym_size.int, (joined, dim))
     surplus = _call_before(anchor, operator.sub, (size, kept))
-    start = _call_before(anchor, torch.sym_max, (surplus, 0))
+    start = _call_before(anchor, cast(Any, torch).sym_max, (surplus, 0))
     return _call_before(anchor, aten.slice.Tensor, (joined, dim, start, _END))
 
 
@@ -460,19 +464,13 @@ def _finish(work: _Insertion) -> StepProgram:
     dimensions["total"] = Range(1, None)
     order = {node.name: index for index, node in enumerate(work.program.placeholders)}
     work.inputs.sort(key=lambda spec: order[spec.name])
-    program = replace(
-        work.program, inputs=tuple(work.inputs), outputs=names, dimensions=dimensions
-    )
+    program = replace(work.program, inputs=tuple(work.inputs), outputs=names, dimensions=dimensions)
     values = step_inputs(program.inputs, dimensions, program.device)
     for node, value in zip(program.placeholders, values, strict=True):
         node.meta["val"] = value
     graphs.finish(program.graph_module)
     graphs.propagate(program.graph_module)
     return StepProgram(program, tuple(work.states))
-
-
-def _output_value(work: _Insertion) -> Node:
-    return work.program.output_nodes["logits"]
 
 
 def step_inputs(

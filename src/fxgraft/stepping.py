@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, cast
+
 import torch
 from torch import Tensor
 
@@ -19,12 +21,15 @@ class ProgramFacts:
     """What generation needs to know about a Program (see ``fxgraft.generation.StepModel``)."""
 
     def __init__(self, program: Program) -> None:
-        generation = program.origin.get("generation") or {}
-        eos = generation.get("eos_token_id")
+        generation = cast("dict[str, Any]", program.origin.get("generation") or {})
+        eos = cast("int | list[int] | None", generation.get("eos_token_id"))
         self.context_length: int | None = program.origin.get("context_length")
-        self.eos_token_ids = tuple(eos) if isinstance(eos, list) else (eos,) if eos is not None else ()
+        self.eos_token_ids = (
+            tuple(eos) if isinstance(eos, list) else (eos,) if eos is not None else ()
+        )
         self.pad_token_id: int | None = generation.get("pad_token_id")
-        self.vocab_size = program.input("input_ids").high or int(dims(program.output_nodes["logits"])[-1])  # pyright: ignore[reportArgumentType]
+        width = dims(program.output_nodes["logits"])[-1]
+        self.vocab_size = program.input("input_ids").high or int(width)  # pyright: ignore[reportArgumentType]
         self.takes_positions = any(spec.name == "position_ids" for spec in program.inputs)
 
 
@@ -145,4 +150,3 @@ def _compare(got: Tensor, wanted: Tensor, start: int, end: int) -> None:
             "the model mixes tokens in a way that no state carries over; generation recomputes "
             "the whole sequence instead",
         )
-

@@ -9,10 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.backends._onnx import Runner, program_of
-from tests.kernels import _attention_oracle as attention
-from tests.kernels import _recurrences as recurrences
-from tests.kernels._helpers import randn
 from torch import Tensor
 
 from fxgraft.backends.onnx.options import LAST_OPSET
@@ -25,6 +21,10 @@ from fxgraft.kernels.rotary.op import SPEC as ROTARY
 from fxgraft.kernels.spec import OpSpec, specs
 from fxgraft.kernels.steer.op import SPEC as STEER
 from fxgraft.kernels.token_automaton.op import SPEC as TOKEN_AUTOMATON
+from tests.backends._onnx import Runner, program_of
+from tests.kernels import _attention_oracle as attention
+from tests.kernels import _recurrences as recurrences
+from tests.kernels._helpers import randn
 
 OPSETS = (18, 20, 23, LAST_OPSET)
 _ATTENTION_SHAPES = {

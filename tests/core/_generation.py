@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, cast
 
-from tests import models
 from torch import Tensor, nn
+
+from tests import models
 
 CONTEXT_LENGTH = 64
 _TEXT = (

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.core.saved_programs import kill_at, run_in_child
 
 from fxgraft import atomic
 from fxgraft.errors import SerializationError
+from tests.core.saved_programs import kill_at, run_in_child
 
 
 @pytest.fixture(params=["exchange", "two renames"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.core.small_passes import calls
 from torch import nn
 
 from fxgraft import check, facts, interpreter
@@ -12,6 +11,7 @@ from fxgraft.errors import GraphError
 from fxgraft.frontends.exporting import export
 from fxgraft.program import Input, Program, Range
 from fxgraft.state import insert_state
+from tests.core.small_passes import calls
 
 
 class Attentive(nn.Module):

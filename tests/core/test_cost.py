@@ -13,7 +13,6 @@ import pytest
 import sympy as untyped_sympy  # pyright: ignore[reportMissingTypeStubs]
 import torch
 import transformers
-from tests import models
 from torch import Tensor, nn
 from torch.fx import Interpreter, Node
 from torch.nn import functional as F
@@ -25,6 +24,7 @@ from fxgraft.frontends.capture import capture
 from fxgraft.frontends.exporting import export
 from fxgraft.program import Input, Program
 from fxgraft.state import insert_state
+from tests import models
 
 sympy = cast(Any, untyped_sympy)
 B, S = (sympy.Symbol(name, integer=True, nonnegative=True) for name in ("batch", "sequence"))

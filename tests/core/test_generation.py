@@ -10,13 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from tests.core._generation import (
-    CONTEXT_LENGTH,
-    LlamaSteps,
-    byte_fallback_tokenizer,
-    byte_level_tokenizer,
-    tiny_llama,
-)
 from torch import Tensor
 from transformers import (
     LogitsProcessorList,
@@ -43,6 +36,13 @@ from fxgraft.generation import (
     sample,
 )
 from fxgraft.generation.sampling import draw
+from tests.core._generation import (
+    CONTEXT_LENGTH,
+    LlamaSteps,
+    byte_fallback_tokenizer,
+    byte_level_tokenizer,
+    tiny_llama,
+)
 
 PROMPTS = [[5, 17, 93, 20, 41, 7, 77], [30], [12, 99, 12, 12]]
 PAD = 1

@@ -11,7 +11,6 @@ from typing import Any, cast
 import pytest
 import torch
 import transformers
-from tests import models
 from torch import Tensor, nn
 from torch.fx import Interpreter, Node
 
@@ -21,6 +20,7 @@ from fxgraft.graph import made_by
 from fxgraft.kernels.spec import dims
 from fxgraft.layers import Layer, is_linear
 from fxgraft.program import Program
+from tests import models
 
 Example = Mapping[str, Tensor] | None
 GATED = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")

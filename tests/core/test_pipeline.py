@@ -13,7 +13,6 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.core.small_passes import HalvePrecision, Shift, SwapAddends, tiny_program
 
 from fxgraft import registry
 from fxgraft.errors import ContractError, InputError, NumericError
@@ -21,6 +20,7 @@ from fxgraft.pipeline import Pipeline, PipelineFile, json_schema
 from fxgraft.program import Program
 from fxgraft.transform import Pass
 from fxgraft.yaml_source import YamlSource
+from tests.core.small_passes import HalvePrecision, Shift, SwapAddends, tiny_program
 
 _ENTRY_POINTS = """[fxgraft.passes]
 shift = tests.core.small_passes:Shift

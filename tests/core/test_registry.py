@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.core.small_passes import tiny_program
 
 import fxgraft.passes
 from fxgraft import registry
 from fxgraft.errors import InputError, PassError
 from fxgraft.pipeline import Pipeline, json_schema
+from tests.core.small_passes import tiny_program
 
 _MADE_UP = {"demo_module", "broken_module", "twin_module", "demo_family", "demo_twin"}
 PLUGIN = Path(__file__).parents[1] / "plugin"

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.core.saved_programs import attending, kill_at, paired, pooled, run_in_child, same, tied
 from torch import Tensor, nn
 
 from fxgraft import weight_files
@@ -26,6 +25,7 @@ from fxgraft.kernels.spec import dims
 from fxgraft.program import Input, Program
 from fxgraft.serialize import load, save
 from fxgraft.state import insert_state
+from tests.core.saved_programs import attending, kill_at, paired, pooled, run_in_child, same, tied
 
 
 @pytest.fixture(scope="module")

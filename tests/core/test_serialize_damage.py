@@ -13,12 +13,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.core.saved_programs import edit, pooled, refused, tied
 
 from fxgraft import weight_files
 from fxgraft.errors import SerializationError
 from fxgraft.program import Program
 from fxgraft.serialize import load, save
+from tests.core.saved_programs import edit, pooled, refused, tied
 
 FUZZ = settings(
     max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]

@@ -13,7 +13,6 @@ from typing import ClassVar
 import pytest
 import torch
 from pydantic import ValidationError
-from tests.core.small_passes import HalvePrecision, Shift, SwapAddends, aten, calls, tiny_program
 
 from fxgraft import check, facts
 from fxgraft import graph as graphs
@@ -28,6 +27,7 @@ from fxgraft.errors import (
 )
 from fxgraft.program import Program
 from fxgraft.transform import Effect, Pass, apply, snake_case
+from tests.core.small_passes import HalvePrecision, Shift, SwapAddends, aten, calls, tiny_program
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The page ``docs/onnx.md`` runs as it stands; its plain onnxruntime loop gives fxgraft's tokens."""
+"""The page ``docs/onnx.md`` runs as it stands, with fxgraft's tokens from plain onnxruntime."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from tests import model_folder
-from tests.docs._pages import ROOT, run_page
 
 import fxgraft
 from fxgraft import sources
 from fxgraft.backends.onnx.options import FIRST_OPSET, LAST_OPSET, OnnxOptions
 from fxgraft.backends.onnx.verify import TOLERANCE
+from tests import model_folder
+from tests.docs._pages import ROOT, run_page
 
 PAGE = ROOT / "docs" / "onnx.md"
 TEXT = PAGE.read_text(encoding="utf-8")

@@ -10,8 +10,6 @@ from typing import Any, cast
 
 import pytest
 import typer
-from tests import model_folder
-from tests.docs._pages import ROOT, blocks_of, run_page
 
 from fxgraft import registry, sources
 from fxgraft.backend import backend_names
@@ -19,6 +17,8 @@ from fxgraft.backends.torch import backend as torch_backend
 from fxgraft.cli.main import app
 from fxgraft.kernels.spec import specs
 from fxgraft.pipeline import PipelineFile
+from tests import model_folder
+from tests.docs._pages import ROOT, blocks_of, run_page
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 _OWN_TEST = {"write_a_pass.md", "onnx.md"}

@@ -5,10 +5,10 @@ from __future__ import annotations
 import tomllib
 
 import yaml
-from tests.docs._pages import ROOT, blocks_of, run_page
 
 from fxgraft.pipeline import Pipeline
 from fxgraft.transform import Pass
+from tests.docs._pages import ROOT, blocks_of, run_page
 
 PAGE = ROOT / "docs" / "write_a_pass.md"
 

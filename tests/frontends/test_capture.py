@@ -15,7 +15,6 @@ from typing import Any, cast
 import pytest
 import torch
 import transformers
-from tests import models
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -26,6 +25,7 @@ from fxgraft.errors import CaptureError
 from fxgraft.frontends import sources, transformers_hooks
 from fxgraft.kernels.spec import argument, dims
 from fxgraft.sources import embedded_model
+from tests import models
 
 ATTENTION = torch.ops.fxgraft.attention.default
 TOLERANCE = 2e-5
@@ -425,6 +425,7 @@ def test_weights_spelled_otherwise_are_converted(tmp_path: Path) -> None:
     assert relative_error(program(ids)[0], logits(model, input_ids=ids)) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_a_large_model_is_captured_on_the_meta_device() -> None:
     """A Llama of 7B shapes (4 layers of them), in a process of its own to see its peak."""
     script = """

@@ -13,7 +13,6 @@ from typing import Any, cast
 import pytest
 import torch
 import transformers
-from tests.frontends._recurrent_models import FAMILIES, VOCABULARY, Family, build
 from torch import nn
 from torch.export import Dim, ExportedProgram
 from transformers.models.mamba import modeling_mamba as _modeling_mamba
@@ -21,6 +20,7 @@ from transformers.models.mamba import modeling_mamba as _modeling_mamba
 from fxgraft.errors import CaptureError
 from fxgraft.frontends.recurrent import emit_recurrent_ops
 from fxgraft.kernels.spec import dims, spec_of
+from tests.frontends._recurrent_models import FAMILIES, VOCABULARY, Family, build
 
 modeling_mamba = cast(Any, _modeling_mamba)
 BY_NAME = {family.name: family for family in FAMILIES}

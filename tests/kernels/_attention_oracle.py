@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from tests.kernels._helpers import randn
 from torch import Tensor
+
+from tests.kernels._helpers import randn
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.kernels._attention_oracle import CASES, FAST, SLOW, Case, attend, make_case, padding
-from tests.kernels._helpers import call_node, check_export, gradcheck, op_of, opcheck, randn
 from torch import Tensor
 from torch.export import Dim
 
 from fxgraft.errors import InputError
 from fxgraft.kernels.attention import reference
 from fxgraft.kernels.attention.op import SPEC
+from tests.kernels._attention_oracle import CASES, FAST, SLOW, Case, attend, make_case, padding
+from tests.kernels._helpers import call_node, check_export, gradcheck, op_of, opcheck, randn
 
 attention = op_of(SPEC)
 CHECKED = ["causal", "decode", "padding_chunk", "bias_hides", "sinks_window", "everything"]

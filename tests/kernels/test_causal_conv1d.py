@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.kernels._helpers import Op, call_node, op_of, randn
 from torch.nn import functional as F
 
 from fxgraft.errors import InputError
 from fxgraft.kernels.causal_conv1d.op import SPEC
 from fxgraft.kernels.causal_conv1d.reference import causal_conv1d as reference
+from tests.kernels._helpers import Op, call_node, op_of, randn
 
 causal_conv1d = op_of(SPEC)
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.kernels._attention_oracle import CASES, Case, make_case, padding, sees
-from tests.kernels._helpers import call_node, check_export, op_of, opcheck
 from torch import Tensor
 from torch.export import Dim
 
 from fxgraft.errors import InputError
 from fxgraft.kernels.attention.op import SPEC as ATTENTION
 from fxgraft.kernels.causal_mask.op import SPEC
+from tests.kernels._attention_oracle import CASES, Case, make_case, padding, sees
+from tests.kernels._helpers import call_node, check_export, op_of, opcheck
 
 causal_mask = op_of(SPEC)
 attention = op_of(ATTENTION)

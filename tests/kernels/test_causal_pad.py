@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.kernels._helpers import op_of, randn
 from torch.nn import functional as F
 
 from fxgraft.kernels.causal_pad.op import SPEC
+from tests.kernels._helpers import op_of, randn
 
 causal_pad = op_of(SPEC)
 

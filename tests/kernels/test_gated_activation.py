@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tests.kernels._helpers import call_node, check_export, gradcheck, op_of, opcheck, randn
 from torch.export import Dim
 
 from fxgraft.errors import InputError
 from fxgraft.kernels.gated_activation.op import SPEC
+from tests.kernels._helpers import call_node, check_export, gradcheck, op_of, opcheck, randn
 
 gated_activation = op_of(SPEC)
 

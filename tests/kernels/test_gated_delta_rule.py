@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.kernels._helpers import call_node, op_of, randn
 
 from fxgraft.kernels.gated_delta_rule.op import SPEC
+from tests.kernels._helpers import call_node, op_of, randn
 
 gated_delta_rule = op_of(SPEC)
 

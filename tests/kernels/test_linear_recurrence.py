@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from tests.kernels._helpers import call_node, op_of, randn
 
 from fxgraft.kernels.linear_recurrence.op import SPEC
+from tests.kernels._helpers import call_node, op_of, randn
 
 linear_recurrence = op_of(SPEC)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.kernels._helpers import call_node, op_of, randn
 from torch.nn import functional as F
 
 from fxgraft.kernels.mlstm.op import SPEC
+from tests.kernels._helpers import call_node, op_of, randn
 
 mlstm = op_of(SPEC)
 

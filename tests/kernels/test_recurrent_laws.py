@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.kernels._helpers import call_node, gradcheck, opcheck
-from tests.kernels._recurrences import BATCH, CASES, Case
 
 from fxgraft.kernels import causal_conv1d, causal_pad
+from tests.kernels._helpers import call_node, gradcheck, opcheck
+from tests.kernels._recurrences import BATCH, CASES, Case
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 _KEEP_INPUTS = (causal_conv1d.SPEC, causal_pad.SPEC)

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.kernels._helpers import call_node, check_export, gradcheck, op_of, opcheck, randn, values
 from torch import Tensor
 from torch.export import Dim
 
 from fxgraft.kernels.rms_norm.op import SPEC
+from tests.kernels._helpers import call_node, check_export, gradcheck, op_of, opcheck, randn, values
 
 rms_norm = op_of(SPEC)
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.kernels._helpers import call_node, check_export, gradcheck, op_of, opcheck, randn
 from torch import Tensor
 from torch.export import Dim
 
 from fxgraft.errors import InputError
 from fxgraft.kernels.rotary.op import SPEC
+from tests.kernels._helpers import call_node, check_export, gradcheck, op_of, opcheck, randn
 
 rotary = op_of(SPEC)
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from tests.kernels._helpers import call_node, op_of, randn
 from torch.nn import functional as F
 
 from fxgraft.kernels.selective_scan.op import SPEC
+from tests.kernels._helpers import call_node, op_of, randn
 
 selective_scan = op_of(SPEC)
 

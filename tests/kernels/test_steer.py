@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.kernels._helpers import call_node, check_export, gradcheck, op_of, opcheck, randn
 from torch import Tensor
 from torch.export import Dim
 
 from fxgraft.kernels.steer.op import SPEC
+from tests.kernels._helpers import call_node, check_export, gradcheck, op_of, opcheck, randn
 
 steer = op_of(SPEC)
 SPECIAL = torch.tensor([-0.0, 0.0, 1e-45, float("nan"), float("inf"), -1.5])

@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.kernels._helpers import call_node, check_export, op_of, opcheck, values
 from torch import Tensor
 from torch.export import Dim
 
 from fxgraft.errors import InputError
 from fxgraft.kernels.token_automaton.op import SPEC
+from tests.kernels._helpers import call_node, check_export, op_of, opcheck, values
 
 token_automaton = op_of(SPEC)
 VOCABULARY = 11

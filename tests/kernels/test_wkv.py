@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from tests.kernels._helpers import op_of, randn
 
 from fxgraft.kernels.wkv.op import SPEC
+from tests.kernels._helpers import op_of, randn
 
 wkv = op_of(SPEC)
 

@@ -11,8 +11,6 @@ from typing import Any, cast
 import pytest
 import torch
 import transformers
-from tests import models
-from tests.core.test_state import LENGTH, inputs_of, run_steps
 from torch import nn
 
 from fxgraft import graph as graphs
@@ -23,6 +21,8 @@ from fxgraft.passes.optimize import Optimize
 from fxgraft.program import Program
 from fxgraft.state import insert_state
 from fxgraft.transform import apply
+from tests import models
+from tests.core.test_state import LENGTH, inputs_of, run_steps
 
 TWO_LAYERS = ("llama", "gemma2", "cohere", "mixtral", "mamba")
 NORM, ROTARY, GATED = "fxgraft.rms_norm", "fxgraft.rotary", "fxgraft.gated_activation"

@@ -7,6 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
+from fxgraft.passes.optimize import Optimize, in_place
+from fxgraft.transform import apply
 from tests.passes._optimize import (
     HIDDEN,
     Binary,
@@ -17,10 +21,6 @@ from tests.passes._optimize import (
     trace_module,
     trace_with,
 )
-from torch import Tensor, nn
-
-from fxgraft.passes.optimize import Optimize, in_place
-from fxgraft.transform import apply
 
 IDENTITIES: list[tuple[Unary, str]] = [
     (lambda x: x.to(torch.float32) * 2, "aten.mul"),

@@ -6,6 +6,10 @@ from collections import Counter
 
 import pytest
 import torch
+from torch import Tensor, nn
+
+from fxgraft.passes.optimize import Optimize
+from fxgraft.transform import apply
 from tests.passes._optimize import (
     HEADS,
     HIDDEN,
@@ -18,10 +22,6 @@ from tests.passes._optimize import (
     trace,
     trace_with,
 )
-from torch import Tensor, nn
-
-from fxgraft.passes.optimize import Optimize
-from fxgraft.transform import apply
 
 
 def norm(x: Tensor, eps: float = 1e-6) -> Tensor:

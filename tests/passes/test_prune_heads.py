@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,7 +26,7 @@ HEADS, WIDTH = 4, 16
 
 
 @contextmanager
-def zeroed(model: nn.Module, suffix: str, removed: dict[int, list[int]]) -> Iterator[None]:
+def zeroed(model: nn.Module, suffix: str, removed: dict[int, list[int]]) -> Generator[None]:
     """Zero heads on the original model, by hooks on its output projections."""
     projections = [m for name, m in model.named_modules() if name.endswith(suffix)]
     handles = [

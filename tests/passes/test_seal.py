@@ -1,4 +1,4 @@
-"""``seal``: the vector is added where a paragraph breaks inside a thinking section, else nothing."""
+"""``seal``: the vector is added where a paragraph breaks inside a thinking section only."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def llama() -> tuple[nn.Module, Program]:
 
 
 def vector_file(folder: Path, **changes: Any) -> Path:
-    values = {
+    values: dict[str, Any] = {
         "vector": torch.randn(HIDDEN, generator=torch.Generator().manual_seed(3)),
         "convention": "E-RT", "layer": 1, "model": "tiny", **changes,
     }  # fmt: skip
@@ -85,9 +85,7 @@ def expected_firings(pieces: list[bytes], start: bytes, end: bytes) -> list[bool
         elif text[place : place + 1] != b"\r":
             run = 0
     ends = [sum(map(len, pieces[: n + 1])) for n in range(len(pieces))]
-    return [
-        any(fired[stop - len(piece) : stop]) for piece, stop in zip(pieces, ends, strict=True)
-    ]
+    return [any(fired[stop - len(piece) : stop]) for piece, stop in zip(pieces, ends, strict=True)]
 
 
 def run_automaton(tables: Automaton, ids: list[int]) -> list[bool]:

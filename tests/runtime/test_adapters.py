@@ -10,13 +10,13 @@ from typing import Any, cast
 
 import pytest
 import torch
-from tests.core._generation import CONTEXT_LENGTH, LlamaSteps, byte_level_tokenizer, tiny_llama
 from torch import Tensor
 from transformers import GenerationConfig, TextStreamer, pipeline
 
 from fxgraft.errors import InputError
 from fxgraft.generation import generate
 from fxgraft.runtime.adapters.transformers_pipeline import CompiledCausalLM, as_transformers
+from tests.core._generation import CONTEXT_LENGTH, LlamaSteps, byte_level_tokenizer, tiny_llama
 
 PROMPTS = ["the quick brown fox", "stop", "日本語 over the lazy dog"]
 END = 0

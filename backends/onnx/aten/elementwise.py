@@ -372,10 +372,15 @@ def leaky_relu(c: Call) -> Value:
 
 @translates(aten.elu.default)
 def elu(c: Call) -> Value:
-    """The exponential linear unit."""
-    if c.constant("scale") != 1 or c.constant("input_scale") != 1:
-        raise c.error("an Elu with scales")
-    return c.b.call("Elu", c.value("self"), alpha=float(c.constant("alpha")))
+    """The exponential linear unit, scaled (``selu``, ``celu``)."""
+    b, x = c.b, c.value("self")
+    alpha, scale, input_scale = (float(c.constant(n)) for n in ("alpha", "scale", "input_scale"))
+    if scale == input_scale == 1:
+        return b.call("Elu", x, alpha=alpha)
+    # ONNX's Elu of the scaled input is right where that is negative.
+    below = b.call("Elu", b.call("Mul", x, c.number(input_scale)), alpha=alpha)
+    is_below = b.call("Less", x, c.number(0), dtype=torch.bool)
+    return b.call("Mul", b.call("Where", is_below, below, x, dtype=c.dtype), c.number(scale))
 
 
 @translates(aten.hardtanh.default)
