@@ -25,7 +25,7 @@ from typing import Any, cast
 
 import torch
 import transformers
-from families import FIRST_MEDIA_TOKEN, FIRST_TEXT_TOKEN, Unsupported, family_names, tiny_model
+from _families import FIRST_MEDIA_TOKEN, FIRST_TEXT_TOKEN, Unsupported, family_names, tiny_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, masking_utils, modeling_utils
 
@@ -314,7 +314,7 @@ def _cell(value: object) -> str:
 
 def main() -> None:
     """Print the table, row by row, and write it as JSON."""
-    parser = argparse.ArgumentParser(description="check the tiny models of benchmarks/families.py")
+    parser = argparse.ArgumentParser(description="check the tiny models of benchmarks/_families.py")
     parser.add_argument("names", nargs="*", help="families (default: all)")
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     parser.add_argument("--limit", type=float, default=60.0, help="seconds allowed per family")

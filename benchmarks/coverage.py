@@ -80,8 +80,8 @@ def main() -> None:
 
 def all_names() -> list[str]:
     """Causal-LM families, then models of other kinds."""
-    import families
-    import other_models
+    import _families as families
+    import _other_models as other_models
 
     return [*families.family_names(), *other_models.MODELS]
 
@@ -134,8 +134,8 @@ def time_limit(seconds: int) -> Generator[None]:
 
 def check(name: str, outcome: Outcome) -> None:
     """Go through the stages; raises where one fails."""
-    import families
-    import other_models
+    import _families as families
+    import _other_models as other_models
 
     if name in other_models.MODELS:
         check_other(other_models.MODELS[name], outcome)
@@ -225,7 +225,7 @@ def check_other(build: Any, outcome: Outcome) -> None:
 
 def write(outcomes: list[Outcome], seconds: float) -> None:
     """Write the result file and the table."""
-    import other_models
+    import _other_models as other_models
 
     causal = [outcome for outcome in outcomes if outcome.name not in other_models.MODELS]
     others = [outcome for outcome in outcomes if outcome.name in other_models.MODELS]

@@ -277,6 +277,8 @@ def _innermost_module(node: Node) -> str:
     path, _ = list(stack.values())[-1]
     if str(path).startswith("_empty_nn_module_stack"):
         return ""
+    if str(path).startswith("_empty_nn_module_stack"):
+        return ""
     return re.sub(r"^L\['self'\]\.?", "", str(path)).split("@")[0]
 
 

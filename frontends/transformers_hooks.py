@@ -182,7 +182,9 @@ def _visibility(function: Callable[..., Any]) -> dict[str, Any] | None:
     if name == "and_masks.<locals>.and_mask":
         return _both([_visibility(part) for part in variables["mask_functions"]])
     if name == "sliding_window_overlay.<locals>.inner_mask":
-        return {"window": variables["sliding_window"]}
+        # Models build masks that no layer reads, from windows that mean "none".
+        window = variables["sliding_window"]
+        return {"window": window} if isinstance(window, int) and window > 0 else None
     if name == "chunked_overlay.<locals>.inner_mask":
         return {"chunk": variables["chunk_size"]}
     return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, cast
 
@@ -21,7 +20,6 @@ from fxgraft.operators import operator_of
 
 Result = Value | Sequence[Value]
 Translate = Callable[["Call"], Result]
-Number = int | float | bool
 
 TABLE: dict[str, Translate] = {}
 """Translations by operator name, for example ``"aten.add.Tensor"``."""
@@ -235,6 +233,3 @@ def is_size(node: Node) -> bool:
     """Whether a node computes a number rather than a tensor."""
     value = node.meta.get("val")
     return not isinstance(value, (Tensor, tuple, list))
-
-
-GETITEM = operator.getitem

@@ -34,7 +34,10 @@ class OnnxCompiled(Compiled):
         super().__init__(program, "onnx", options.model_dump())
         self._options = options
         self._steps: WrittenSteps | None = None
-        self._folder = tempfile.TemporaryDirectory(prefix="fxgraft-onnx-")
+        try:
+            self._folder = tempfile.TemporaryDirectory(prefix="fxgraft-onnx-")
+        except OSError as error:
+            raise _no_room(error) from error
         self._weights = WeightFile(Path(self._folder.name))
 
     @cached_property

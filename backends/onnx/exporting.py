@@ -62,7 +62,7 @@ def _write_model(program: Program, folder: Path, options: OnnxOptions) -> dict[s
     written = files.write_model(program, folder, WeightFile(folder if is_large else None), options)
     return {
         "kind": "model",
-        "files": {"model": files.MODEL},
+        "files": {"model": files.MODEL, **({"weights": WEIGHTS} if is_large else {})},
         "inputs": _described(written.graph.inputs),
         "outputs": _described(written.graph.outputs),
         **_checked(program, written.error),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from fxgraft import graph as graphs
 from fxgraft.backends.onnx.assembler import Assembler
 from fxgraft.backends.onnx.aten.complex import ON_PAIRS
 from fxgraft.backends.onnx.builder import Value
-from fxgraft.backends.onnx.call import GETITEM, Call, Result, Translate, is_size
+from fxgraft.backends.onnx.call import Call, Result, Translate, is_size
 from fxgraft.backends.onnx.folding import fold
 from fxgraft.backends.onnx.recurrence import inline_reference, recurrent
 from fxgraft.backends.onnx.table import TABLE
@@ -150,7 +151,7 @@ class Translation:
         return self.b.constant(weight, name=str(node.target))
 
     def _node(self, node: Node) -> Result:
-        if node.target is GETITEM:
+        if node.target is operator.getitem:
             source, place = cast("tuple[Node, int]", node.args)
             return cast("Sequence[Value]", self.values[source])[place]
         b, op = self.b.root, graphs.short_target(node)
@@ -223,10 +224,8 @@ def _is_complex(node: Node) -> bool:
 
 def _name(node: Node) -> str:
     """A readable name: of the weight that a constant was made from."""
-    sources = node.all_input_nodes
-    return (
-        f"{sources[0].target}.{node.name}" if sources and sources[0].op == "get_attr" else node.name
-    )
+    source = next(iter(node.all_input_nodes), node)
+    return f"{source.target}.{node.name}" if source.op == "get_attr" else node.name
 
 
 def _default(node: Node) -> Translate | None:

@@ -10,6 +10,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from onnx import StringStringEntryProto, TensorProto
 from torch import Tensor
@@ -46,7 +47,7 @@ class WeightFile:
         assert dtype is not None
         proto = TensorProto(name=value.name, dims=tensor.shape, data_type=element_type(dtype))
         if self.folder is None or tensor.numel() * dtype.itemsize < _INLINE_BYTES:
-            proto.raw_data = _bytes(tensor, dtype).tobytes()
+            proto.raw_data = _array(tensor, dtype).tobytes()
             return proto
         offset, length = self._place(tensor, dtype)
         proto.data_location = TensorProto.EXTERNAL
@@ -65,7 +66,7 @@ class WeightFile:
     def _append(self, tensor: Tensor, dtype: torch.dtype) -> tuple[int, int]:
         assert self.folder is not None
         offset = -(-self._size // _ALIGNMENT) * _ALIGNMENT
-        data = _bytes(tensor, dtype)
+        data = _array(tensor, dtype)
         with (self.folder / FILE).open("ab") as file:
             file.truncate(offset)
             file.write(data.data)
@@ -73,5 +74,5 @@ class WeightFile:
         return offset, data.nbytes
 
 
-def _bytes(tensor: Tensor, dtype: torch.dtype):
-    return tensor.detach().to("cpu", dtype).contiguous().numpy()
+def _array(tensor: Tensor, dtype: torch.dtype) -> np.ndarray:
+    return tensor.detach().to(dtype).contiguous().numpy()

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fxgraft.errors import StateError
+from fxgraft.errors import InputError, StateError
 from fxgraft.kernels.spec import dims
 from fxgraft.program import Program
 from fxgraft.state import StepProgram
@@ -23,7 +23,8 @@ class ProgramFacts:
     def __init__(self, program: Program) -> None:
         generation = cast("dict[str, Any]", program.origin.get("generation") or {})
         eos = cast("int | list[int] | None", generation.get("eos_token_id"))
-        self.context_length: int | None = program.origin.get("context_length")
+        length = cast("int | None", program.origin.get("context_length"))
+        self.context_length = length if length and length > 0 else None
         self.eos_token_ids = (
             tuple(eos) if isinstance(eos, list) else (eos,) if eos is not None else ()
         )
@@ -77,6 +78,15 @@ class RecomputeModel(ProgramFacts):
     """Runs the whole sequence again for every token: slow, and right for any causal model."""
 
     def __init__(self, program: Program, run: Run) -> None:
+        known = {"input_ids", "attention_mask", "position_ids"}
+        others = [spec.name for spec in program.inputs if spec.name not in known]
+        if others or "logits" not in program.outputs:
+            raise InputError(
+                f"this model cannot generate text from input_ids alone: its inputs are "
+                f"{', '.join(spec.name for spec in program.inputs)}, its outputs "
+                f"{', '.join(program.outputs)}",
+                "generate with a causal language model",
+            )
         super().__init__(program)
         self._run = run
         self._names = [spec.name for spec in program.inputs]

@@ -111,20 +111,26 @@ def adaptive_average_pool(c: Call) -> Value:
     return c.b.call("AveragePool", c.value("self"), kernel_shape=kernel, strides=kernel)
 
 
-@translates(aten.upsample_nearest2d.vec, aten.upsample_nearest1d.vec)
+@translates(
+    aten.upsample_nearest2d.vec, aten.upsample_nearest1d.vec,
+    aten.upsample_nearest2d.default, aten.upsample_nearest1d.default,
+)  # fmt: skip
 def nearest(c: Call) -> Value:
     """Resample to the nearest pixel."""
     return _resize(c, mode="nearest", coordinate_transformation_mode="asymmetric",
                    nearest_mode="floor")  # fmt: skip
 
 
-@translates(aten.upsample_bilinear2d.vec, aten.upsample_linear1d.vec)
+@translates(
+    aten.upsample_bilinear2d.vec, aten.upsample_linear1d.vec,
+    aten.upsample_bilinear2d.default, aten.upsample_linear1d.default,
+)  # fmt: skip
 def linear(c: Call) -> Value:
     """Resample, weighing neighbours by their distance."""
     return _resize(c, mode="linear", coordinate_transformation_mode=_coordinates(c))
 
 
-@translates(aten.upsample_bicubic2d.vec)
+@translates(aten.upsample_bicubic2d.vec, aten.upsample_bicubic2d.default)
 def cubic(c: Call) -> Value:
     """Resample by cubic polynomials."""
     return _resize(c, mode="cubic", coordinate_transformation_mode=_coordinates(c),
@@ -136,4 +142,5 @@ def _coordinates(c: Call) -> str:
 
 
 def _resize(c: Call, **attributes: Any) -> Value:
-    return c.b.call("Resize", c.value("input"), None, None, c.b.vector(c.out_dims), **attributes)
+    image = c.value("input" if "input" in c.arguments else "self")
+    return c.b.call("Resize", image, None, None, c.b.vector(c.out_dims), **attributes)

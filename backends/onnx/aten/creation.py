@@ -69,7 +69,7 @@ def arange(c: Call) -> Value:
     return c.b.cast(c.b.call("Range", *bounds, dtype=torch.int64), c.dtype)
 
 
-@translates(aten.eye.default, aten.eye.m)
+@translates(aten.eye.default)
 def eye(c: Call) -> Value:
     """The unit matrix."""
     rows, columns = c.out_dims

@@ -190,6 +190,12 @@ def remainder(c: Call) -> Value:
     return c.b.call("Sub", left, c.b.call("Mul", right, quotient))
 
 
+@translates(aten.fmod.Tensor, aten.fmod.Scalar)
+def remainder_towards_zero(c: Call) -> Value:
+    """The remainder with the sign of ``self``."""
+    return c.b.call("Mod", c.value("self", c.dtype), c.value("other", c.dtype), fmod=1)
+
+
 @translates(aten.pow.Tensor_Scalar, aten.pow.Tensor_Tensor, aten.pow.Scalar)
 def power(c: Call) -> Value:
     """``self`` to the power of ``exponent``."""

@@ -120,13 +120,21 @@ def index_put(c: Call) -> Value:
     value = c.value("self")
     if _is_mask(indices[0]):
         return _masked_put(c, indices, value)
-    if places != list(range(len(places))):
-        raise c.error("index tensors that are not for the leading dimensions")
-    shape = _broadcast(c, indices)
-    written = [*shape, *c.dims("self")[len(places) :]]
+    if places != list(range(places[0], places[-1] + 1)):
+        raise c.error("index tensors that are not next to each other")
+    source, shape = c.dims("self"), _broadcast(c, indices)
+    order = [*places, *(axis for axis in range(len(source)) if axis not in places)]
+    # What is written has the indexed dimensions where the first of them was.
+    written = [*source[: places[0]], *shape, *source[places[-1] + 1 :]]
     updates = c.b.expand(c.value("values", c.dtype), c.dims("values"), written)
+    middle = list(range(places[0], places[0] + len(shape)))
+    rest = [axis for axis in range(len(written)) if axis not in middle]
+    updates = c.b.transpose(updates, written, [*middle, *rest])
     how = "add" if c.constant("accumulate") else None
-    return c.b.call("ScatterND", value, _stacked(c, indices, shape), updates, reduction=how)
+    front = [source[axis] for axis in order]
+    value = c.b.transpose(value, source, order)
+    result = c.b.call("ScatterND", value, _stacked(c, indices, shape), updates, reduction=how)
+    return c.b.transpose(result, front, [order.index(axis) for axis in range(len(source))])
 
 
 def _masked_put(c: Call, indices: Sequence[Node], value: Value) -> Value:

@@ -74,12 +74,6 @@ def einsum(c: Call) -> Value:
     return c.b.call("Einsum", *c.values("tensors"), equation=str(c.constant("equation")))
 
 
-@translates(aten.scaled_dot_product_attention.default)
-def scaled_dot_product_attention(c: Call) -> Value:
-    """Attention that was not raised to ``fxgraft::attention``."""
-    raise c.error("it was not captured as fxgraft::attention", "capture it with fxgraft.capture")
-
-
 @translates("transformers.grouped_mm_fallback.default", "aten._grouped_mm.default")
 def grouped_product(c: Call) -> Value:
     """Each row times the matrix of its group; groups are runs of rows that end at ``offs``.

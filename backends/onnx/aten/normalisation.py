@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import sympy  # pyright: ignore[reportMissingTypeStubs]
 import torch
 
@@ -15,12 +17,24 @@ aten = torch.ops.aten
 @translates(aten.layer_norm.default)
 def layer_norm(c: Call) -> Value:
     """Zero mean and unit variance over the last dimensions, then weight and bias."""
+    axis = -len(c.constant("normalized_shape"))
+    eps = float(c.constant("eps"))
+    return c.b.call("LayerNormalization", *_layer_norm_inputs(c), axis=axis, epsilon=eps)
+
+
+@translates(aten.native_layer_norm.default)
+def native_layer_norm(c: Call) -> Sequence[Value]:
+    """The same, with mean and inverse deviation as results."""
+    return c.b.call_many(
+        "LayerNormalization", *_layer_norm_inputs(c), dtypes=[c.dtype] * 3,
+        axis=-len(c.constant("normalized_shape")), epsilon=float(c.constant("eps")),
+    )  # fmt: skip
+
+
+def _layer_norm_inputs(c: Call) -> tuple[Value, Value, Value | None]:
     shape = [int(size) for size in c.constant("normalized_shape")]
     weight = c.optional("weight", c.dtype) or c.b.constant(torch.ones(shape, dtype=c.dtype))
-    return c.b.call(
-        "LayerNormalization", c.value("input"), weight, c.optional("bias", c.dtype),
-        axis=-len(shape), epsilon=float(c.constant("eps")),
-    )  # fmt: skip
+    return c.value("input"), weight, c.optional("bias", c.dtype)
 
 
 @translates(aten.rms_norm.default)
@@ -44,7 +58,10 @@ def unit_mean_square(c: Call, x: Value, eps: float) -> Value:
     return b.call("Div", x, root)
 
 
-@translates(aten._native_batch_norm_legit_no_training.default, aten.batch_norm.default)
+@translates(
+    aten.batch_norm.default, aten.native_batch_norm.default,
+    aten._native_batch_norm_legit_no_training.default,
+)  # fmt: skip
 def batch_norm(c: Call) -> Value:
     """Normalisation by statistics kept from training."""
     if c.arguments.get("training"):
@@ -62,17 +79,26 @@ def batch_norm(c: Call) -> Value:
 @translates(aten.group_norm.default)
 def group_norm(c: Call) -> Value:
     """Normalisation over groups of channels."""
+    return _group_norm(c, int(c.constant("num_groups")))
+
+
+@translates(aten.native_group_norm.default)
+def native_group_norm(c: Call) -> Sequence[Value]:
+    """The same; its further results are for a backward pass only."""
+    result = _group_norm(c, int(c.constant("group")))
+    return [result] * 3
+
+
+def _group_norm(c: Call, groups: int) -> Value:
     b, source = c.b, c.dims("input")
-    groups, rank = int(c.constant("num_groups")), len(c.dims("input"))
     grouped = b.call("Reshape", c.value("input"), b.integers(0, groups, -1))
     ones, noughts = (b.full([sympy.Integer(groups)], number, c.dtype) for number in (1, 0))
-    normal = b.call(
-        "InstanceNormalization", grouped, ones, noughts, epsilon=float(c.constant("eps"))
-    )
+    eps = float(c.constant("eps"))
+    normal = b.call("InstanceNormalization", grouped, ones, noughts, epsilon=eps)
     result = b.call("Reshape", normal, b.vector(source))
     for name, op in (("weight", "Mul"), ("bias", "Add")):
         if c.given(name):
-            per_channel = b.unsqueeze(c.value(name), c.dims(name), *range(1, rank - 1))
+            per_channel = b.unsqueeze(c.value(name), c.dims(name), *range(1, len(source) - 1))
             result = b.call(op, result, per_channel)
     return result
 

@@ -17,7 +17,7 @@ _END = torch.iinfo(torch.int64).max
 
 @translates(
     aten.alias.default, aten.contiguous.default, aten.clone.default, aten.detach.default,
-    aten.lift_fresh_copy.default, aten.lift_fresh.default, aten.positive.default,
+    aten.lift_fresh_copy.default,
 )  # fmt: skip
 def same(c: Call) -> Value:
     """The tensor itself."""
@@ -26,14 +26,14 @@ def same(c: Call) -> Value:
 
 @translates(
     aten.to.device, aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default,
-    aten.type_as.default, aten.to.other,
+    aten.type_as.default,
 )  # fmt: skip
 def cast(c: Call) -> Value:
     """Another element type."""
     return c.value("self", c.dtype)
 
 
-@translates(aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default)
+@translates(aten.dropout.default)
 def dropout(c: Call) -> Value:
     """The tensor itself: nothing is dropped outside training."""
     if c.constant("train"):
@@ -44,7 +44,6 @@ def dropout(c: Call) -> Value:
 @translates(
     aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.view_as.default,
     aten.reshape_as.default, aten.flatten.using_ints, aten.unflatten.int,
-    aten._reshape_copy.default, aten.view_copy.default,
 )  # fmt: skip
 def view(c: Call) -> Value:
     """The same elements in other dimensions."""
@@ -105,7 +104,7 @@ def move_dimension(c: Call) -> Value:
     return c.b.transpose(c.value("self"), source, order)
 
 
-@translates(aten.expand.default, aten.expand_as.default, aten.expand_copy.default)
+@translates(aten.expand.default, aten.expand_as.default)
 def expand(c: Call) -> Value:
     """Broadcast."""
     return c.b.expand(c.value("self"), c.dims("self"), c.out_dims)
@@ -165,7 +164,7 @@ def stack(c: Call) -> Value:
 
 @translates(
     aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, aten.chunk.default,
-    aten.tensor_split.sections, aten.split_with_sizes_copy.default,
+    aten.tensor_split.sections,
 )  # fmt: skip
 def split(c: Call) -> Sequence[Value]:
     """Consecutive pieces along a dimension."""
@@ -191,7 +190,7 @@ def unbind(c: Call) -> Sequence[Value]:
     return [c.b.squeeze(piece, ones, axis) for piece in pieces]
 
 
-@translates(aten.slice.Tensor, aten.slice_copy.Tensor)
+@translates(aten.slice.Tensor)
 def slice_(c: Call) -> Value:
     """A range of a dimension."""
     if c.out_dims == c.dims("self"):
@@ -209,7 +208,7 @@ def narrow(c: Call) -> Value:
     return c.b.slice(c.value("self"), c.axis("dim", "self"), start, end)
 
 
-@translates(aten.select.int, aten.select_copy.int)
+@translates(aten.select.int)
 def select(c: Call) -> Value:
     """One entry of a dimension."""
     return c.b.call(

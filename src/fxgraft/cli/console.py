@@ -46,7 +46,9 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     """Print a table; every column but the first is aligned to the right."""
     grid = Table(title=title, title_justify="left", title_style="bold")
     for index, column in enumerate(columns):
-        grid.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+        grid.add_column(
+            column, justify="left" if index == 0 else "right", no_wrap=index == 0, overflow="fold"
+        )
     for row in rows:
         grid.add_row(*[escape(cell) for cell in row])
     output.print(grid)
