@@ -82,8 +82,15 @@ class DimensionNames:
 
     def _name(self, size: sympy.Expr) -> str:
         if size not in self._names:
-            text = str(size)
-            for symbol in cast("set[sympy.Expr]", size.free_symbols):
-                text = re.sub(rf"\b{symbol}\b", self._names.get(symbol, str(symbol)), text)
-            self._names[size] = re.sub(r"\W+", "_", text).strip("_")
+            self._names[size] = self._derived_name(size)
         return self._names[size]
+
+    def _derived_name(self, size: sympy.Expr) -> str:
+        """``present_<limit>`` for a bounded past after a step, else the expression spelled out."""
+        text = str(size)
+        for symbol in cast("set[sympy.Expr]", size.free_symbols):
+            text = re.sub(rf"\b{symbol}\b", self._names.get(symbol, str(symbol)), text)
+        bounded = re.search(r"\bpast_(\d+)\b", text)
+        if bounded and "Max(" in text:
+            return f"present_{bounded[1]}"
+        return re.sub(r"\W+", "_", text).strip("_")

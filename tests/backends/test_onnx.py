@@ -166,6 +166,7 @@ def test_windowed_states_are_cut(tmp_path: Path) -> None:
     state = facts_of(folder)["states"][0]
     assert (state["shape"], state["limit"]) == (["batch", 2, "past_5", 16], 5)
     session = plain_session(folder / "prefill.onnx")
+    assert session.get_outputs()[1].shape == ["batch", 2, "present_5", 16]
     given = {
         "input_ids": np.ones((3, 11), np.int64),
         "attention_mask": np.ones((3, 11), np.int64),
