@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from fxgraft.backend import Compiled
@@ -32,7 +34,8 @@ class OnnxCompiled(Compiled):
 
     def __init__(self, program: Program, options: OnnxOptions) -> None:
         super().__init__(program, "onnx", options.model_dump())
-        self._options = options
+        threads = options.threads or torch.get_num_threads()
+        self._options = options.model_copy(update={"threads": threads})
         self._steps: WrittenSteps | None = None
         try:
             self._folder = tempfile.TemporaryDirectory(prefix="fxgraft-onnx-")
@@ -60,6 +63,16 @@ class OnnxCompiled(Compiled):
         except OSError as error:
             raise _no_room(error) from error
         return self._steps.model
+
+    @contextlib.contextmanager
+    def while_generating(self) -> Generator[None]:
+        """Torch only picks tokens; more threads of its own would wait idly in onnxruntime's way."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
     def describe(self) -> Report:
         """How each kind of node is written in ONNX."""

@@ -21,10 +21,10 @@ from fxgraft.backends.onnx.call import Call, Result, Translate, is_size
 from fxgraft.backends.onnx.folding import fold
 from fxgraft.backends.onnx.recurrence import inline_reference, recurrent
 from fxgraft.backends.onnx.table import TABLE
-from fxgraft.backends.onnx.tracing import signature, take_apart, trace
 from fxgraft.errors import Error, LoweringError
 from fxgraft.kernels.spec import dims, expr, spec_of
 from fxgraft.operators import qualified_name
+from fxgraft.tracing import signature, take_apart, trace
 
 # Checks of sizes and dtypes that were made when the graph was captured.
 _CHECKS = frozenset({

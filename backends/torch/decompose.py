@@ -19,6 +19,7 @@ from torch.fx.node import map_arg
 
 from fxgraft import graph as graphs
 from fxgraft.kernels.spec import argument, dims, spec_of
+from fxgraft.tracing import trace
 
 aten = torch.ops.aten
 
@@ -97,11 +98,8 @@ def _one_query_attention(node: Node) -> None:
 
 
 def _inline(node: Node, reference: Any) -> None:
-    """Trace an op's reference and put its nodes in the op's place."""
-    from torch.fx.experimental.proxy_tensor import make_fx
-
+    """Put the nodes of an op's reference in the op's place."""
     inputs = node.all_input_nodes
-    mode = graphs.fake_mode(node.graph)
 
     def call(*values: Any) -> Any:
         table = dict(zip(inputs, values, strict=True))
@@ -109,9 +107,7 @@ def _inline(node: Node, reference: Any) -> None:
         kwargs = map_arg(node.kwargs, lambda n: table[n])
         return reference(*args, **kwargs)
 
-    examples = [source.meta["val"] for source in inputs]
-    with mode:
-        traced = make_fx(call)(*examples)
+    traced = trace(node, call, [source.meta["val"] for source in inputs])
     copies: dict[Node, Any] = dict(
         zip((n for n in traced.graph.nodes if n.op == "placeholder"), inputs, strict=True)
     )

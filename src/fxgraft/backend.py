@@ -7,6 +7,7 @@ import pkgutil
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Unpack
@@ -152,16 +153,22 @@ class Compiled(ABC):
         Raises:
             InputError: an empty or too long prompt, or options that make no sense.
         """
-        return generation.generate(  # pyright: ignore[reportCallIssue]
-            self.step_model,
-            input_ids,
-            attention_mask,
-            pad_token_id=pad_token_id,
-            tokenizer=tokenizer,
-            on_token=on_token,
-            return_dict=return_dict,  # pyright: ignore[reportArgumentType]
-            **options,
-        )
+        model = self.step_model
+        with self.while_generating():
+            return generation.generate(  # pyright: ignore[reportCallIssue]
+                model,
+                input_ids,
+                attention_mask,
+                pad_token_id=pad_token_id,
+                tokenizer=tokenizer,
+                on_token=on_token,
+                return_dict=return_dict,  # pyright: ignore[reportArgumentType]
+                **options,
+            )
+
+    def while_generating(self) -> AbstractContextManager[None]:
+        """Settings that hold during ``generate``; backends may override it."""
+        return nullcontext()
 
     def report(self) -> Report:
         """Which kernel or library runs each kind of node, and why."""
