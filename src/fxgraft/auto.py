@@ -15,7 +15,7 @@ from fxgraft.errors import Error
 from fxgraft.program import Program
 from fxgraft.stepping import tolerance
 
-_PROMPT, _TOKENS = 16, 12
+_PROMPT, _TOKENS = 16, 24
 # Candidates may add up in another order than eager torch, over all layers.
 _ALLOWED = 10.0
 _CANDIDATES: tuple[tuple[str, dict[str, Any]], ...] = (
