@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from fxgraft import graph as graphs
 from fxgraft.errors import InputError
 from fxgraft.placement import retarget
 from fxgraft.program import Program
-from fxgraft.sources import resolve
+from fxgraft.sources import gguf_read_once, resolve
 
 _GGUF_MAGIC = b"GGUF"
 
@@ -71,7 +70,7 @@ def _load_gguf(file: Path, name: str | Path) -> Loaded:
     try:
         import gguf
 
-        with _gguf_read_once(gguf):
+        with gguf_read_once():
             _check_gguf_length(cast(Any, gguf).GGUFReader(str(file)), file)
             model = cast(Any, AutoModelForCausalLM).from_pretrained(
                 file.parent, gguf_file=file.name, dtype=torch.float32
@@ -89,22 +88,6 @@ def _load_gguf(file: Path, name: str | Path) -> Loaded:
             "download the file again and compare its size",
         ) from error
     return Loaded(model, _keep, str(name))
-
-
-@contextlib.contextmanager
-def _gguf_read_once(gguf: Any) -> Generator[None]:
-    """Let transformers parse the file and build its table of names once instead of many times."""
-    reader, name_map = gguf.GGUFReader, gguf.get_tensor_name_map
-
-    def open_file(path: str, mode: str = "r") -> Any:
-        return reader(path, mode)
-
-    gguf.GGUFReader = functools.cache(open_file)
-    gguf.get_tensor_name_map = functools.cache(name_map)
-    try:
-        yield
-    finally:
-        gguf.GGUFReader, gguf.get_tensor_name_map = reader, name_map
 
 
 def _check_gguf_length(reader: Any, file: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -80,9 +81,7 @@ class Seal(Pass):
         """Insert the automaton at the inputs and the addition at the block."""
         vector = SteeringVector.load(self.vector)
         index = vector.layer if self.layer is None else self.layer
-        tables = automaton.build(
-            self._vocabulary(program), self.start, self.end, everywhere=self.within == "everywhere"
-        )
+        tables = _tables(*self._tokens(program), self.start, self.end, self.within == "everywhere")
         stream = self._stream(program, index)
         fired = self._insert_automaton(program, tables)
         self._insert_steer(program, stream, fired, vector.direction, index)
@@ -103,16 +102,16 @@ class Seal(Pass):
         assert isinstance(source, Node)
         return source
 
-    def _vocabulary(self, program: Program) -> list[bytes]:
+    def _tokens(self, program: Program) -> tuple[str, int]:
+        """The source of the tokenizer, and the number of tokens."""
         source = self.tokenizer or str(program.origin.get("source") or "")
         if not source:
             raise InputError(
                 "pass 'seal': the model was given as a module, so its tokenizer is not known",
                 "set the field 'tokenizer' to the model's name or folder",
             )
-        vocabulary = Vocabulary(sources.tokenizer(source))
         size = program.input("input_ids").high or int(dims(program.output_nodes["logits"])[-1])  # pyright: ignore[reportArgumentType]
-        return [vocabulary.bytes_of(token) for token in range(size)]
+        return source, size
 
     def _insert_automaton(self, program: Program, tables: automaton.Automaton) -> Node:
         ids = next(node for node in program.placeholders if node.name == "input_ids")
@@ -144,6 +143,14 @@ class Seal(Pass):
         )
         for user in users:
             user.replace_input_with(stream, steered)
+
+
+@functools.lru_cache(maxsize=4)
+def _tables(source: str, size: int, start: str, end: str, everywhere: bool) -> automaton.Automaton:
+    """The automaton for a model's tokens; kept, since the neutral check needs it once more."""
+    vocabulary = Vocabulary(sources.tokenizer(source))
+    tokens = [vocabulary.bytes_of(token) for token in range(size)]
+    return automaton.build(tokens, start, end, everywhere=everywhere)
 
 
 def _users_from(program: Program, stream: Node, index: int) -> list[Node]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.util
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,6 +39,33 @@ def resolve(source: str | Path) -> str | Path:
     return path if path.exists() else source
 
 
+@contextlib.contextmanager
+def gguf_read_once() -> Generator[None]:
+    """Let transformers parse a GGUF file and build its table of names once, not at every look.
+
+    The file that was parsed last is remembered, for the tokenizer that follows the model.
+    """
+    import gguf
+
+    library = cast(Any, gguf)
+    reader, name_map = library.GGUFReader, library.get_tensor_name_map
+
+    def open_file(path: str, mode: str = "r") -> Any:
+        return _parse_gguf(reader, str(path), Path(path).stat().st_mtime_ns)
+
+    library.GGUFReader = open_file
+    library.get_tensor_name_map = functools.cache(name_map)
+    try:
+        yield
+    finally:
+        library.GGUFReader, library.get_tensor_name_map = reader, name_map
+
+
+@functools.lru_cache(maxsize=1)
+def _parse_gguf(reader: Any, path: str, modified: int) -> Any:
+    return reader(path)
+
+
 def tokenizer(source: str | Path) -> Any:
     """The tokenizer that belongs to a model source.
 
@@ -47,7 +77,8 @@ def tokenizer(source: str | Path) -> Any:
     found = resolve(source)
     try:
         if isinstance(found, Path) and found.is_file():
-            return cast(Any, AutoTokenizer).from_pretrained(found.parent, gguf_file=found.name)
+            with gguf_read_once():
+                return cast(Any, AutoTokenizer).from_pretrained(found.parent, gguf_file=found.name)
         return cast(Any, AutoTokenizer).from_pretrained(found)
     except (OSError, ValueError) as error:
         raise InputError(
