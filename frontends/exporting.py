@@ -59,7 +59,12 @@ def _run(
     if "use_cache" in inspect.signature(model.forward).parameters:
         keywords["use_cache"] = False
     dynamic |= {name: None for name in keywords if name not in dynamic}  # pyright: ignore[reportAssignmentType]
-    with torch.no_grad(), _no_cache(model), frozen_sizes.watch(model) as frozen:
+    with (
+        torch.no_grad(),
+        graphs.no_collection(),
+        _no_cache(model),
+        frozen_sizes.watch(model) as frozen,
+    ):
         try:
             return torch.export.export(model, (), keywords, dynamic_shapes=dynamic, strict=False)
         except CaptureError:

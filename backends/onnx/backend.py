@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fxgraft.backend import Backend
-from fxgraft.backends.onnx.options import parse
+from fxgraft.backends.onnx.options import OnnxOptions, parse
 from fxgraft.program import Program
 
 if TYPE_CHECKING:
@@ -25,6 +26,10 @@ class OnnxBackend(Backend):
         """Which package is missing, if one is."""
         missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
         return f"not installed: {', '.join(missing)}" if missing else None
+
+    def check_options(self, options: Mapping[str, Any]) -> OnnxOptions:
+        """The options as an object; see ``Backend.check_options``."""
+        return parse(dict(options))
 
     def lower(self, program: Program, **options: Any) -> OnnxCompiled:
         """See ``Backend.lower``; options are the fields of ``OnnxOptions``.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -46,6 +46,10 @@ class TorchBackend(Backend):
 
     def lower(self, program: Program, **options: Any) -> TorchCompiled:
         """See ``Backend.lower``; options are the fields of ``TorchOptions``."""
+        return TorchCompiled(program, self.check_options(options))
+
+    def check_options(self, options: Mapping[str, Any]) -> TorchOptions:
+        """The options as an object; see ``Backend.check_options``."""
         try:
             chosen = TorchOptions(**options)
         except ValidationError as error:
@@ -56,7 +60,7 @@ class TorchBackend(Backend):
             ) from error
         if chosen.mode == "inductor" and (problem := inductor_problem()):
             raise LoweringError(f"mode 'inductor' cannot be used: {problem}", "use mode 'eager'")
-        return TorchCompiled(program, chosen)
+        return chosen
 
 
 BACKEND = TorchBackend()

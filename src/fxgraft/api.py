@@ -76,6 +76,7 @@ def _lowering(backend: str, options: Mapping[str, Any]) -> Callable[[Program], C
     missing = chosen.available()
     if missing is not None:
         raise LoweringError(f"backend {backend!r} cannot be used: {missing}", "use backend 'torch'")
+    chosen.check_options(options)
     return lambda program: chosen.lower(program, **options)
 
 

@@ -59,6 +59,15 @@ class Backend(ABC):
     def available(self) -> str | None:
         """None if the backend works on this machine, else what is missing."""
 
+    def check_options(self, options: Mapping[str, Any]) -> object:
+        """Refuse wrong options before any work is done.
+
+        Raises:
+            InputError: an option is unknown or wrong.
+            LoweringError: it cannot be used on this machine.
+        """
+        return options
+
     def export(self, program: Program, folder: Path, **options: Any) -> Path:
         """Write a Program as files for other tools.
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import inspect
 import json
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
@@ -190,7 +188,7 @@ def apply(program: Program, step: Pass, *, check: bool = True) -> Program:
         GraphError: the graph that it left breaks a rule.
         PassError: it failed in some other way.
     """
-    with _no_collection():
+    with graphs.no_collection():
         return _apply(program, step, check)
 
 
@@ -223,21 +221,6 @@ def _apply(program: Program, step: Pass, check: bool) -> Program:
     )
     result.history.append(record)
     return result
-
-
-@contextmanager
-def _no_collection() -> Generator[None]:
-    """Keep Python from looking for garbage while thousands of long-lived nodes are made.
-
-    Each look walks all of them: it took longer than the rewrite itself.
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def check_definition(step: Pass) -> None:

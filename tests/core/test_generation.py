@@ -32,6 +32,7 @@ from fxgraft.generation import (
     TextStream,
     Vocabulary,
     generate,
+    prepare_prompt,
     process_logits,
     sample,
 )
@@ -617,3 +618,9 @@ def test_options_are_one_frozen_record() -> None:
         cast(Any, options).top_k = 3
     with pytest.raises(ValidationError):
         cast(Any, SamplingOptions)(beams=3)
+
+
+@pytest.mark.parametrize("prompt", ["text", 3, None, [["a"]]])
+def test_prompts_that_are_no_token_ids(prompt: Any) -> None:
+    with pytest.raises(InputError, match="input_ids"):
+        prepare_prompt(prompt, None, pad_token_id=0, vocab_size=10)

@@ -108,9 +108,21 @@ def _from_tensor(ids: Tensor, mask: Tensor | None, padding: int | None) -> Promp
 def _from_list(
     ids: Sequence[int] | Sequence[Sequence[int]] | Sequence[Tensor], padding: int
 ) -> Prompt:
+    given: object = ids
+    if isinstance(given, str) or not isinstance(given, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InputError(
+            f"input_ids is {type(given).__name__} {given!r:.60}",
+            "give token ids (a tensor or lists); a tokenizer turns text into them",
+        )
     if ids and isinstance(ids[0], int):
         ids = [cast(Sequence[int], ids)]
-    rows = [torch.as_tensor(row) for row in cast(Sequence[Sequence[int] | Tensor], ids)]
+    try:
+        rows = [torch.as_tensor(row) for row in cast(Sequence[Sequence[int] | Tensor], ids)]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"input_ids holds something that is no list of token ids: {error}",
+            "give each prompt as a list of integers",
+        ) from error
     _check_rows(rows)
     width = max(len(row) for row in rows)
     shape, device = (len(rows), width), rows[0].device
