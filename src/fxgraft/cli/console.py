@@ -13,6 +13,8 @@ from rich.markup import escape
 from rich.table import Table
 
 output = Console()
+if not output.is_terminal:
+    output.width = 120  # files and pipes have no width of their own
 messages = Console(stderr=True)
 _UNITS = ("", "K", "M", "G", "T", "P")
 
