@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Hashable, Sequence
 from functools import cache
 from typing import Any, cast
@@ -23,7 +24,8 @@ Values = Sequence[Any]
 def trace(node: Node, function: Callable[..., Any], examples: Values) -> GraphModule:
     """The graph of ``function`` on fake values of the graph that ``node`` is in."""
     with graphs.fake_mode(node.graph), torch.no_grad():
-        return cast(Any, make_fx)(function)(*map(_own, examples))
+        traced = cast(Any, make_fx)(function)(*map(_own, examples))
+    return spell_out_sizes(traced)
 
 
 def take_apart(node: Node) -> GraphModule | None:
@@ -41,7 +43,41 @@ def take_apart(node: Node) -> GraphModule | None:
         traced = make_fx(call, decomposition_table=_decompositions())(*examples)
     if any(inner.target is node.target for inner in traced.graph.nodes):
         return None
-    return traced
+    return spell_out_sizes(traced)
+
+
+def spell_out_sizes(module: GraphModule) -> GraphModule:
+    """Replace ``aten.size``, which gives a whole shape, by its sizes; torch 2.11 traces it."""
+    for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.size.default):
+        source = cast(Node, node.args[0])
+        with module.graph.inserting_after(node):
+            sizes = [_size(source, axis) for axis in range(source.meta["val"].dim())]
+        for user in list(node.users):
+            if user.target is operator.getitem:
+                picked = sizes[cast(int, user.args[1])]
+                for reader in list(user.users):
+                    reader.args = map_arg(reader.args, _swap(user, picked))
+                    reader.kwargs = map_arg(reader.kwargs, _swap(user, picked))
+            else:
+                user.args = map_arg(user.args, _swap(node, sizes))
+                user.kwargs = map_arg(user.kwargs, _swap(node, sizes))
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return module
+
+
+def _size(source: Node, axis: int) -> Any:
+    """A dimension of a node: a number, or a node where it is symbolic."""
+    value = source.meta["val"].shape[axis]
+    if isinstance(value, int):
+        return value
+    size = source.graph.call_function(torch.ops.aten.sym_size.int, (source, axis))
+    size.meta = {"val": value}
+    return size
+
+
+def _swap(old: Node, new: Any) -> Callable[[Node], Any]:
+    return lambda node: new if node is old else node
 
 
 def _own(example: Any) -> Any:

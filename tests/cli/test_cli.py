@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -90,7 +91,10 @@ def test_wrong_usage_is_bad_input(words: list[str], capsys: pytest.CaptureFixtur
 def test_exit_codes_of_the_real_process(files: Files) -> None:
     """One process: 0 for a success is in every test here; 2 comes out of the interpreter too."""
     words = [sys.executable, "-m", "fxgraft.cli.main", "passes", "nosuch"]
-    result = subprocess.run(words, capture_output=True, text=True, check=False)
+    source = str(Path(fxgraft.__file__).parents[1])  # the package may not be installed
+    paths = os.pathsep.join([source, os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths}
+    result = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
     assert result.returncode == 2
     assert "there is no pass 'nosuch'" in result.stderr
     assert "Traceback" not in result.stderr
