@@ -23,7 +23,8 @@ def define(
 ) -> OpSpec:
     """Define ``fxgraft::<spec.name>`` and register its spec.
 
-    The backward pass differentiates ``spec.reference``; it needs no code of its own.
+    The backward pass differentiates ``spec.reference``; it needs no code of its own. An op whose
+    schema says that it changes an argument has none.
 
     Args:
         spec: the op's registration.
@@ -39,9 +40,10 @@ def define(
     LIBRARY.define(spec.name + schema)
     LIBRARY.impl(spec.name, implementation or spec.reference, "CompositeExplicitAutograd")
     _library.register_fake(qualified, fake, lib=LIBRARY)
-    _library.register_autograd(
-        qualified, _backward(spec.reference), setup_context=_setup_context, lib=LIBRARY
-    )
+    if not spec.overload._schema.is_mutable:
+        _library.register_autograd(
+            qualified, _backward(spec.reference), setup_context=_setup_context, lib=LIBRARY
+        )
     return spec
 
 

@@ -6,7 +6,7 @@ them knows an op by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -19,7 +19,7 @@ from fxgraft.errors import Error
 
 Expr = sympy.Expr
 ZERO = sympy.Integer(0)
-Kind = Literal["mixer", "norm", "position", "activation", "intervention", "linear", "mask"]
+Kind = Literal["mixer", "norm", "position", "activation", "intervention", "linear", "mask", "state"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,25 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class InPlace:
+    """A call that does what a node does, on state that lies in pools.
+
+    Growing state lies in blocks: the call also gets ``table`` and ``past`` (see
+    ``fxgraft.kernels.append_pages.op``). Fixed state lies in slots: the call also gets ``slots``
+    and ``past`` (see ``fxgraft.kernels.read_slots.op``). For each state it gets the pool as
+    ``<name>_cache``, which it changes.
+
+    Attributes:
+        target: the operator.
+        arguments: its other arguments by name; the arguments that carried state hold only what
+            belongs to the new tokens.
+    """
+
+    target: OpOverload
+    arguments: dict[str, object]
+
+
+@dataclass(frozen=True)
 class OpSpec:
     """The registration of one op.
 
@@ -85,6 +104,8 @@ class OpSpec:
         causal: given a node, whether the op lets a token see earlier tokens only; None if that
             depends on the values of a mask.
         flops: floating-point operations of a node, over the symbols in its ``meta["val"]``.
+        in_place: given a node of a step graph and the nodes that only tell which past tokens are
+            real, the same on pools, or None where the op has no such form for this node.
     """
 
     name: str
@@ -94,6 +115,7 @@ class OpSpec:
     states: tuple[State, ...] = ()
     total_dims: Mapping[str, int] = field(default_factory=dict[str, int])
     causal: Callable[[Node], bool | None] = lambda node: True
+    in_place: Callable[[Node, Collection[Node]], InPlace | None] = lambda node, masks: None
 
     @property
     def overload(self) -> OpOverload:

@@ -14,9 +14,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from fxgraft import graph as graphs
 from fxgraft.backend import Backend, Compiled
 from fxgraft.backends.torch.decode import DecodeRunner
+from fxgraft.backends.torch.packed import packed_runner
+from fxgraft.collectives import require_group
 from fxgraft.errors import InputError, LoweringError
 from fxgraft.generation import StepModel
 from fxgraft.kernels.spec import spec_of
+from fxgraft.paged_model import RunPages
+from fxgraft.paging import PagedProgram
 from fxgraft.program import Program
 from fxgraft.report import Report, ReportLine
 from fxgraft.state import StepProgram
@@ -46,6 +50,7 @@ class TorchBackend(Backend):
 
     def lower(self, program: Program, **options: Any) -> TorchCompiled:
         """See ``Backend.lower``; options are the fields of ``TorchOptions``."""
+        require_group(program)
         return TorchCompiled(program, self.check_options(options))
 
     def check_options(self, options: Mapping[str, Any]) -> TorchOptions:
@@ -94,6 +99,10 @@ class TorchCompiled(Compiled):
             return StateModel(step, lambda values: module(*values))
         self._decode = DecodeRunner(step)
         return StateModel(step, self._decode)
+
+    def lower_pages(self, paged: PagedProgram) -> RunPages:
+        """Op by op; on a CPU with packed weights."""
+        return packed_runner(paged.program.copy().graph_module)
 
     def describe(self) -> Report:
         """Which kernel runs each kind of node."""

@@ -24,6 +24,8 @@ Raises:
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 from torch.fx import Node
@@ -33,7 +35,7 @@ from fxgraft.errors import InputError
 from fxgraft.kernels.attention import cost, reference
 from fxgraft.kernels.attention.mask import check_lengths, check_rules, visible_keys
 from fxgraft.kernels.define import define
-from fxgraft.kernels.spec import OpSpec, State, argument, dims
+from fxgraft.kernels.spec import InPlace, OpSpec, State, argument, dims
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -193,6 +195,19 @@ def _is_causal(node: Node) -> bool | None:
     return None if isinstance(bias, Node) and dims(bias)[2] != 1 else False
 
 
+def _in_place(node: Node, masks: Collection[Node]) -> InPlace | None:
+    """Attention over blocks, where no rule but causality and a window hides keys."""
+    mask = argument(node, "key_mask")
+    if argument(node, "bias") is not None or argument(node, "chunk") is not None:
+        return None
+    if not argument(node, "is_causal") or (mask is not None and mask not in masks):
+        return None
+    names = ("query", "key", "value", "sinks", "scale", "window", "softcap")
+    return InPlace(
+        torch.ops.fxgraft.paged_attention.default, {name: argument(node, name) for name in names}
+    )
+
+
 SPEC = define(
     OpSpec(
         name="attention",
@@ -205,6 +220,7 @@ SPEC = define(
         ),
         total_dims={"key_mask": 1, "bias": 3},
         causal=_is_causal,
+        in_place=_in_place,
     ),
     "(Tensor query, Tensor key, Tensor value, Tensor? key_mask=None, Tensor? bias=None, "
     "Tensor? sinks=None, *, float scale, bool is_causal=True, int? window=None, int? chunk=None, "

@@ -6,7 +6,7 @@ import importlib
 import pkgutil
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -15,8 +15,11 @@ from typing import Any, ClassVar, Unpack
 import torch
 
 from fxgraft import generation
+from fxgraft.collectives import common_seed
 from fxgraft.errors import InputError, LoweringError, StateError
 from fxgraft.generation import SamplingKeywords, StepModel
+from fxgraft.paged_model import RunPages
+from fxgraft.paging import PagedProgram
 from fxgraft.program import Program
 from fxgraft.report import Report
 from fxgraft.state import StepProgram, insert_state
@@ -109,6 +112,28 @@ class Compiled(ABC):
     def describe(self) -> Report:
         """Which kernel or library runs each kind of node, and why."""
 
+    def lower_pages(self, paged: PagedProgram) -> RunPages:
+        """Lower a paged graph for the engine.
+
+        Raises:
+            LoweringError: this backend cannot run paged graphs.
+        """
+        raise LoweringError(
+            f"backend {self.backend!r} runs no paged graphs, which the engine needs",
+            "compile with backend 'torch' or 'triton'",
+        )
+
+    def row_bucket(self, rows: int) -> int:
+        """The number of rows that a step over ``rows`` requests computes."""
+        return rows
+
+    def capture_step(self, step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        """Prepare a function that always uses the same tensors for being called many times.
+
+        It may be called while preparing. What it returns may be overwritten by the next call.
+        """
+        return step
+
     def __call__(self, *args: torch.Tensor, **kwargs: torch.Tensor | None) -> Any:
         """Run the model on whole sequences.
 
@@ -163,6 +188,8 @@ class Compiled(ABC):
             InputError: an empty or too long prompt, or options that make no sense.
         """
         model = self.step_model
+        if options.get("do_sample") and options.get("seed") is None:
+            options["seed"] = common_seed(self.program)
         with self.while_generating():
             return generation.generate(  # pyright: ignore[reportCallIssue]
                 model,

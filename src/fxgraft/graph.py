@@ -136,6 +136,26 @@ def insert(
     return node
 
 
+def place(
+    anchor: Node,
+    target: Callable[..., Any],
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+    *,
+    after: bool = False,
+) -> Node:
+    """Insert a call next to ``anchor`` without computing its value.
+
+    For rewrites that change inputs and recompute all values at their end (``propagate``).
+    """
+    graph = anchor.graph
+    where = graph.inserting_after(anchor) if after else graph.inserting_before(anchor)
+    with where:
+        node = graph.call_function(target, cast("tuple[Argument, ...]", args), kwargs or {})
+    inherit(node, anchor)
+    return node
+
+
 def insert_weight(module: GraphModule, anchor: Node, name: str) -> Node:
     """Insert a read of the weight ``name`` before ``anchor`` (it must exist in the module)."""
     with module.graph.inserting_before(anchor):

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -23,6 +23,7 @@ import sympy
 import torch
 from torch.fx import Graph, Node
 
+from fxgraft import collectives
 from fxgraft import graph as graphs
 from fxgraft.errors import StateError
 from fxgraft.kernels.spec import OpSpec, State, argument, dims, expr, set_argument, spec_of
@@ -112,7 +113,8 @@ def insert_state(program: Program, *, all_logits: bool = False) -> StepProgram:
 
     Args:
         program: with inputs ``input_ids`` [batch, sequence] (and, where the model takes them,
-            ``attention_mask`` and ``position_ids``) and an output ``logits``.
+            ``attention_mask``, ``position_ids`` and inputs with one value per row) and an output
+            ``logits``.
         all_logits: return logits of every new position instead of the last one.
 
     Raises:
@@ -142,7 +144,12 @@ def insert_state(program: Program, *, all_logits: bool = False) -> StepProgram:
 
 def _check_inputs(program: Program) -> None:
     names = {spec.name for spec in program.inputs}
-    unknown = names - {"input_ids", "attention_mask", "position_ids"}
+    known = {"input_ids", "attention_mask", "position_ids"}
+    unknown = {
+        spec.name
+        for spec in program.inputs
+        if spec.name not in known and not is_request_input(spec)
+    }
     if "input_ids" not in names or "logits" not in program.outputs:
         raise StateError(
             "the Program is no language model: it has no input_ids or no logits",
@@ -153,6 +160,11 @@ def _check_inputs(program: Program) -> None:
             f"the Program also takes {', '.join(sorted(unknown))}, which has no meaning per step",
             "capture the model with input_ids, attention_mask and position_ids only",
         )
+
+
+def is_request_input(spec: Input) -> bool:
+    """Whether an input holds one value per row, such as a strength that a request may set."""
+    return spec.shape[:1] == ("batch",) and all(isinstance(size, int) for size in spec.shape[1:])
 
 
 def _check_causal(stateful: Sequence[tuple[Node, OpSpec]]) -> None:
@@ -206,7 +218,7 @@ def _add_lengths(work: _Insertion, stateful: Sequence[tuple[Node, OpSpec]]) -> N
     placeholders = {node.name: node for node in work.program.placeholders}
     last = work.program.placeholders[-1]
     ids = placeholders["input_ids"]
-    work.length = _call_after(last, aten.sym_size.int, (ids, 1))
+    work.length = graphs.place(last, aten.sym_size.int, (ids, 1), after=True)
     work.length.meta["val"] = ids.meta["val"].shape[1]
     for node in work.graph.find_nodes(op="call_function", target=aten.sym_size.int):
         if node is not work.length and expr(node.meta["val"]) == work.sequence:
@@ -216,23 +228,9 @@ def _add_lengths(work: _Insertion, stateful: Sequence[tuple[Node, OpSpec]]) -> N
             shape = (spec.shape[0], "total")
             work.inputs.append(replace(spec, shape=shape))
             mask = placeholders["attention_mask"]
-            work.total = _call_after(work.length, aten.sym_size.int, (mask, 1))
+            work.total = graphs.place(work.length, aten.sym_size.int, (mask, 1), after=True)
         else:
             work.inputs.append(spec)
-
-
-def _call_after(anchor: Node, target: Callable[..., Any], args: tuple[Any, ...]) -> Node:
-    with anchor.graph.inserting_after(anchor):
-        node = anchor.graph.call_function(target, args)
-    graphs.inherit(node, anchor)
-    return node
-
-
-def _call_before(anchor: Node, target: Callable[..., Any], args: tuple[Any, ...]) -> Node:
-    with anchor.graph.inserting_before(anchor):
-        node = anchor.graph.call_function(target, args)
-    graphs.inherit(node, anchor)
-    return node
 
 
 def _placeholder(
@@ -264,17 +262,17 @@ def _add_growing(work: _Insertion, name: str, node: Node, state: State) -> None:
     )
     dtype = new.meta["val"].dtype
     placeholder = _placeholder(work, f"past_{name.replace('.', '_')}", dtype, shape)
-    joined = _call_before(node, aten.cat.default, ([placeholder, new], state.dim))
+    joined = graphs.place(node, aten.cat.default, ([placeholder, new], state.dim))
     set_argument(node, state.argument, joined)
     work.states.append(StateTensor(name, dtype, shape, state.dim, kept))
     work.outputs.append(joined if kept is None else _keep_last(node, joined, state.dim, kept))
 
 
 def _keep_last(anchor: Node, joined: Node, dim: int, kept: int) -> Node:
-    size = _call_before(anchor, aten.sym_size.int, (joined, dim))
-    surplus = _call_before(anchor, operator.sub, (size, kept))
-    start = _call_before(anchor, cast(Any, torch).sym_max, (surplus, 0))
-    return _call_before(anchor, aten.slice.Tensor, (joined, dim, start, _END))
+    size = graphs.place(anchor, aten.sym_size.int, (joined, dim))
+    surplus = graphs.place(anchor, operator.sub, (size, kept))
+    start = graphs.place(anchor, cast(Any, torch).sym_max, (surplus, 0))
+    return graphs.place(anchor, aten.slice.Tensor, (joined, dim, start, _END))
 
 
 def _add_fixed(work: _Insertion, name: str, node: Node, state: State) -> None:
@@ -289,7 +287,9 @@ def _add_fixed(work: _Insertion, name: str, node: Node, state: State) -> None:
         if user.target is operator.getitem and user.args[1] == state.output
     ]
     work.outputs.append(
-        existing[0] if existing else _call_after(node, operator.getitem, (node, state.output))
+        existing[0]
+        if existing
+        else graphs.place(node, operator.getitem, (node, state.output), after=True)
     )
 
 
@@ -356,8 +356,8 @@ def _rows(work: _Insertion, user: Node, source: Node, whole: int | None) -> Node
                 "length itself",
                 "generation without state still works",
             )
-        start = _call_before(user, operator.neg, (work.length,))
-        value = _call_before(user, aten.slice.Tensor, (value, axis, start, _END))
+        start = graphs.place(user, operator.neg, (work.length,))
+        value = graphs.place(user, aten.slice.Tensor, (value, axis, start, _END))
     return value
 
 
@@ -396,9 +396,11 @@ def _total_length(work: _Insertion) -> Node:
         n for n in work.program.placeholders if n.name == f"past_{state.name.replace('.', '_')}"
     )
     last = work.program.placeholders[-1]
-    length = _call_after(last, aten.sym_size.int, (past, state.grows))
+    length = graphs.place(last, aten.sym_size.int, (past, state.grows), after=True)
     assert work.length is not None
-    work.total = _call_after(max(length, work.length), operator.add, (length, work.length))
+    work.total = graphs.place(
+        max(length, work.length), operator.add, (length, work.length), after=True
+    )
     return work.total
 
 
@@ -408,12 +410,12 @@ def _trim_total_arguments(work: _Insertion, node: Node, spec: OpSpec) -> None:
     if not bounded:
         return
     key = argument(node, bounded[0].argument)
-    size = _call_before(node, aten.sym_size.int, (key, bounded[0].dim))
-    start = _call_before(node, operator.neg, (size,))
+    size = graphs.place(node, aten.sym_size.int, (key, bounded[0].dim))
+    start = graphs.place(node, operator.neg, (size,))
     for name, axis in spec.total_dims.items():
         value = argument(node, name)
         if isinstance(value, Node):
-            cut = _call_before(node, aten.slice.Tensor, (value, axis, start, _END))
+            cut = graphs.place(node, aten.slice.Tensor, (value, axis, start, _END))
             set_argument(node, name, cut)
 
 
@@ -421,18 +423,22 @@ def _last_row(work: _Insertion) -> None:
     """Select the last position as early as possible before the logits."""
     logits = work.program.output_nodes["logits"]
     place = logits
-    while place.target in _ROW_WISE and len(place.users) == 1:
-        source = place.args[0]
-        if not isinstance(source, Node) or len(dims(source)) != 3:
-            break
-        if dims(source)[1] != work.sequence or not _others_broadcast(work, place):
-            break
+    while len(place.users) == 1 and (source := _row_source(work, place)):
         place = source
     users = list(place.users)
-    last = _call_after(place, aten.slice.Tensor, (place, 1, -1, _END))
+    last = graphs.place(place, aten.slice.Tensor, (place, 1, -1, _END), after=True)
     for user in users:
-        if place is logits or _reaches(user, logits):
+        if place is logits or len(users) == 1 or _reaches(user, logits):
             user.replace_input_with(place, last)
+
+
+def _row_source(work: _Insertion, node: Node) -> Node | None:
+    """The [batch, sequence, ...] tensor of which each row makes one row of ``node``, or None."""
+    is_row_wise = node.target in _ROW_WISE and _others_broadcast(work, node)
+    source = node.args[0] if is_row_wise else collectives.joined(node)
+    if not isinstance(source, Node) or len(dims(source)) != 3:
+        return None
+    return source if dims(source)[1] == work.sequence else None
 
 
 def _others_broadcast(work: _Insertion, node: Node) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fxgraft.errors import InputError, StateError
 from fxgraft.kernels.spec import dims
-from fxgraft.program import Program
+from fxgraft.program import Input, Program
 from fxgraft.state import StepProgram
 
 Run = Callable[[Sequence[Tensor]], Sequence[Tensor]]
@@ -46,7 +46,7 @@ class StateModel(ProgramFacts):
         super().__init__(step.program)
         self.step_program = step
         self.run = run
-        self._names = [spec.name for spec in step.own_inputs]
+        self._own_inputs = step.own_inputs
         self._batch_dims = [state.shape.index("batch") for state in step.states]
 
     def empty_state(self, batch: int) -> list[Tensor]:
@@ -63,7 +63,12 @@ class StateModel(ProgramFacts):
             "attention_mask": attention_mask,
             "position_ids": position_ids,
         }
-        results = self.run([*(given[name] for name in self._names), *state])
+        batch = input_ids.shape[0]
+        own = [
+            given[spec.name] if spec.name in given else neutral(spec, batch, input_ids.device)
+            for spec in self._own_inputs
+        ]
+        results = self.run([*own, *state])
         return results[0][:, -1], list(results[1:])
 
     def select(self, state: list[Tensor], rows: Tensor) -> list[Tensor]:
@@ -72,6 +77,13 @@ class StateModel(ProgramFacts):
             tensor.index_select(dim, rows)
             for tensor, dim in zip(state, self._batch_dims, strict=True)
         ]
+
+
+def neutral(spec: Input, batch: int, device: torch.device) -> Tensor:
+    """The value of an input with one value per row where nobody sets one."""
+    shape = (batch, *(int(size) for size in spec.shape[1:]))
+    fill = torch.ones if spec.default == "ones" else torch.zeros
+    return fill(shape, dtype=spec.dtype, device=device)
 
 
 class RecomputeModel(ProgramFacts):

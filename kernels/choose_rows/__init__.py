@@ -1,0 +1,3 @@
+"""One of several values for each row of a batch."""
+
+from fxgraft.kernels.choose_rows import op as op

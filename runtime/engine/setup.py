@@ -1,0 +1,117 @@
+"""From a compiled model to pools on its device; checks of what users ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from fxgraft.backend import Compiled
+from fxgraft.errors import InputError
+from fxgraft.generation.options import SamplingOptions
+from fxgraft.paged_model import PagedModel
+from fxgraft.paging import PagedProgram, page_state
+from fxgraft.runtime.engine.memory import StateMemory, block_counts
+from fxgraft.runtime.engine.options import EngineOptions
+from fxgraft.state import insert_state
+from fxgraft.stepping import check_steps
+
+if TYPE_CHECKING:
+    from fxgraft.runtime.engine.engine import Engine
+
+_CPU_BYTES = 2**30
+_GPU_SHARE = 0.9
+_UNKNOWN_CONTEXT = 4096
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model with its pools, and who holds what of them."""
+
+    model: PagedModel
+    memory: StateMemory
+    max_context: int
+
+
+def build_model(compiled: Compiled, options: EngineOptions, context_length: int | None) -> Built:
+    """Page a model's state, lower it and allocate the pools.
+
+    Raises:
+        StateError: the model cannot generate with explicit state.
+        LoweringError: the backend cannot run paged graphs.
+        InputError: the memory is too little for one request, or ``max_context`` is over the
+            model's.
+    """
+    step = insert_state(compiled.program)
+    check_steps(compiled.program, step)
+    paged = page_state(step, block_size=options.block_size)
+    run = compiled.lower_pages(paged)
+    context = _context(options, context_length)
+    snapshots = options.snapshots if options.prefix_reuse and paged.slot_pools else 0
+    slots = options.max_batch + snapshots + 1
+    slot_bytes = sum(pool.item_bytes for pool in paged.slot_pools) * slots
+    counts = block_counts(paged, _memory(paged, options) - slot_bytes, context)
+    return Built(
+        PagedModel(paged, run, blocks=counts, slots=slots),
+        StateMemory(paged, counts, slots=options.max_batch, snapshots=snapshots),
+        context,
+    )
+
+
+def _context(options: EngineOptions, context_length: int | None) -> int:
+    if options.max_context is None:
+        return context_length or _UNKNOWN_CONTEXT
+    if context_length is not None and options.max_context > context_length:
+        raise InputError(
+            f"engine option max_context={options.max_context} is over the model's context of "
+            f"{context_length}",
+            f"set max_context to at most {context_length}",
+        )
+    return options.max_context
+
+
+def _memory(paged: PagedProgram, options: EngineOptions) -> int:
+    if options.memory_bytes is not None:
+        return options.memory_bytes
+    if paged.program.device.type != "cuda":
+        return _CPU_BYTES
+    free, _ = torch.cuda.mem_get_info(paged.program.device)
+    return int(free * _GPU_SHARE)
+
+
+def check_request(
+    engine: Engine,
+    prompt: Sequence[int],
+    sampling: SamplingOptions,
+    inputs: Mapping[str, float],
+) -> None:
+    """Refuse a request that can never be served.
+
+    Raises:
+        InputError: names what is wrong and what is allowed.
+    """
+    if not prompt:
+        raise InputError("the prompt is empty", "give at least one token")
+    low, high = min(prompt), max(prompt)
+    if low < 0 or high >= engine.facts.vocab_size:
+        raise InputError(
+            f"token id {low if low < 0 else high} is outside the vocabulary of "
+            f"{engine.facts.vocab_size}",
+            "use the tokenizer that belongs to this model",
+        )
+    if len(prompt) + sampling.max_new_tokens > engine.max_context:
+        raise InputError(
+            f"the prompt has {len(prompt)} tokens, with max_new_tokens={sampling.max_new_tokens} "
+            f"that is over the context of {engine.max_context}",
+            "shorten the prompt or ask for fewer tokens",
+        )
+    paged = engine.model.paged
+    known = {spec.name for spec in paged.request_inputs} - set(paged.choices)
+    unknown = sorted(set(inputs) - known)
+    if unknown:
+        raise InputError(
+            f"this model has no per-request input {unknown[0]!r}",
+            f"it has: {', '.join(sorted(known)) or 'none'}",
+        )

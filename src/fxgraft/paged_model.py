@@ -1,0 +1,93 @@
+"""A paged graph together with its pools, ready to be called on rows of requests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fxgraft.paging import PagedProgram
+from fxgraft.stepping import neutral
+
+RunPages = Callable[[Sequence[Tensor]], Tensor]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where the rows of one call lie; B rows, S new tokens each.
+
+    Attributes:
+        input_ids: int64 [B, S].
+        past: int32 [B], tokens before the new ones; negative in rows without a request.
+        slots: int64 [B], slot of fixed state; 0 in rows without a request.
+        tables: int32 [ops, B, P] per group.
+        longest: the largest ``past``, if the caller knows it; needed by graphs whose
+            ``needs_mask`` is set, and there it decides how many past tokens are looked at.
+        inputs: values of inputs that a request may set, [B, ...] by name.
+    """
+
+    input_ids: Tensor
+    past: Tensor
+    slots: Tensor
+    tables: Sequence[Tensor]
+    longest: int | None
+    inputs: Mapping[str, Tensor]
+
+
+class PagedModel:
+    """Calls a lowered paged graph.
+
+    Args:
+        paged: the graph's description.
+        run: takes its inputs in order and returns logits [B, 1, V].
+        blocks: blocks per group; block 0 belongs to nobody.
+        slots: slots of fixed state; slot 0 belongs to nobody.
+    """
+
+    def __init__(
+        self, paged: PagedProgram, run: RunPages, *, blocks: Sequence[int], slots: int
+    ) -> None:
+        self.paged = paged
+        self.device = paged.program.device
+        self._run = run
+        self.block_pools = [
+            [pool.empty(count, self.device) for pool in group.pools]
+            for group, count in zip(paged.groups, blocks, strict=True)
+        ]
+        self.slot_pools = [pool.empty(slots, self.device) for pool in paged.slot_pools]
+        self._pools = [pool for pools in self.block_pools for pool in pools] + self.slot_pools
+
+    @torch.no_grad()
+    def __call__(self, rows: Rows) -> Tensor:
+        """Take new tokens in; logits of the last position [B, V]."""
+        batch, new = rows.input_ids.shape
+        own = {
+            "input_ids": rows.input_ids,
+            "position_ids": positions(rows.past, new),
+            "attention_mask": self._mask(rows, new),
+            **rows.inputs,
+        }
+        values = [
+            own[spec.name] if spec.name in own else neutral(spec, batch, self.device)
+            for spec in self.paged.own_inputs
+        ]
+        result = self._run([*values, rows.past, rows.slots, *rows.tables, *self._pools])
+        return result[:, -1]
+
+    def _mask(self, rows: Rows, new: int) -> Tensor:
+        batch = rows.input_ids.shape[0]
+        if not self.paged.needs_mask:
+            one = torch.ones(1, 1, dtype=torch.int64, device=self.device)
+            return one.expand(batch, new)
+        assert rows.longest is not None
+        total = rows.longest + new
+        place = torch.arange(total, device=self.device)
+        return (place >= total - new - rows.past[:, None]).long()
+
+
+def positions(past: Tensor, new: int) -> Tensor:
+    """Positions int64 [B, S] of the new tokens; from 0 on in rows without a request."""
+    steps = torch.arange(new, device=past.device)
+    return past.clamp(min=0)[:, None] + steps
