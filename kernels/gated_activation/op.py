@@ -15,9 +15,21 @@ Raises:
 
 from __future__ import annotations
 
+from torch import Tensor
+
+from fxgraft.kernels.accelerate import on_cuda
 from fxgraft.kernels.define import define
 from fxgraft.kernels.gated_activation import cost, reference
 from fxgraft.kernels.spec import OpSpec
+
+
+def _cuda(gate: Tensor, up: Tensor, *, activation: str) -> Tensor:
+    from fxgraft.kernels.gated_activation import triton
+
+    if not triton.supports(gate, up, activation):
+        return reference.gated_activation(gate, up, activation=activation)
+    return triton.gated_activation(gate, up, activation=activation)
+
 
 SPEC = define(
     OpSpec(
@@ -29,3 +41,4 @@ SPEC = define(
     "(Tensor gate, Tensor up, *, str activation) -> Tensor",
     reference.gated_activation,
 )
+on_cuda(SPEC, _cuda, reference.gated_activation)

@@ -18,6 +18,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional
 
+from fxgraft.kernels.accelerate import on_cuda
 from fxgraft.kernels.define import define
 from fxgraft.kernels.rms_norm import cost, reference
 from fxgraft.kernels.spec import OpSpec
@@ -34,6 +35,14 @@ def _rms_norm(
     return reference.scale(y, weight, offset)
 
 
+def _cuda(x: Tensor, weight: Tensor | None = None, *, eps: float, offset: float = 0.0) -> Tensor:
+    from fxgraft.kernels.rms_norm import triton
+
+    if not triton.supports(x, weight):
+        return _rms_norm(x, weight, eps=eps, offset=offset)
+    return triton.rms_norm(x, weight, eps=eps, offset=offset)
+
+
 SPEC = define(
     OpSpec(
         name="rms_norm",
@@ -45,3 +54,4 @@ SPEC = define(
     reference.rms_norm,
     _rms_norm,
 )
+on_cuda(SPEC, _cuda, _rms_norm)

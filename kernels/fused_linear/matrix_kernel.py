@@ -1,0 +1,182 @@
+"""The Triton kernel of a fused linear layer for 2 to 64 rows, on the tensor cores."""
+
+# Triton's language is untyped.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownParameterType=false, reportUnknownArgumentType=false
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fxgraft.kernels.fused_linear.epilogue import finish, weight_rows
+from fxgraft.kernels.launch import prefetch, wait_for_inputs
+
+
+@triton.jit
+def _prefetch_weights(weight, weight_row, begin, inner, PREFETCH: tl.constexpr, PDL: tl.constexpr):
+    """Bring a program's first PREFETCH input features of its weight rows into L2."""
+    LINE: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth
+    if PREFETCH >= LINE:
+        k = begin + tl.arange(0, PREFETCH // LINE) * LINE
+        k = tl.minimum(k, inner - 1)
+        prefetch(weight + weight_row.to(tl.int64)[:, None] * inner + k[None, :], PDL)
+
+
+@triton.jit
+def _multiply(
+    x,
+    weight,
+    norm_weight,
+    weight_row,
+    row,
+    rows,
+    begin,
+    end,
+    inner,
+    offset,
+    NORM: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Products [BLOCK_R, BLOCK_N] over input features begin..end, and sums of squares [BLOCK_R]."""
+    k = tl.arange(0, BLOCK_K)
+    x_pointers = x + row[:, None] * inner + k[None, :]
+    weight_pointers = weight + weight_row.to(tl.int64)[None, :] * inner + k[:, None]
+    total = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
+    squares = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+    for start in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
+        here = start + k
+        mask = (row < rows)[:, None]
+        if EVEN:
+            tile = tl.load(weight_pointers + start)
+        else:
+            mask = mask & (here < end)[None, :]
+            tile = tl.load(weight_pointers + start, mask=(here < end)[:, None], other=0.0)
+        value = tl.load(x_pointers + start, mask=mask, other=0.0)
+        if NORM:
+            wide = value.to(tl.float32)
+            squares += wide * wide
+            if norm_weight is not None:
+                gain = tl.load(norm_weight + here, mask=here < end, other=0.0)
+                value = (wide * (gain.to(tl.float32) + offset)[None, :]).to(value.dtype)
+        total = tl.dot(value, tile, total, input_precision="ieee")
+    return total, tl.sum(squares, axis=1)
+
+
+@triton.jit
+def _add_splits(
+    total,
+    squares,
+    partial,
+    arrived,
+    block,
+    split,
+    row,
+    rows,
+    NORM: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+):
+    """Leave this split's sums; returns whether it is the last one, and then the sums of all.
+
+    Source of the scheme: the threadfence reduction of the CUDA samples. The order of addition is
+    that of the splits, whichever comes last.
+    """
+    STRIDE: tl.constexpr = BLOCK_R * (BLOCK_N + 1)
+    partial += block.to(tl.int64) * SPLIT_K * STRIDE
+    mask = (row < rows)[:, None]
+    place = row[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    tl.store(partial + split * STRIDE + place, total, mask=mask)
+    if NORM:
+        tl.store(partial + split * STRIDE + BLOCK_R * BLOCK_N + row, squares)
+    tl.debug_barrier()
+    is_last = tl.atomic_add(arrived + block, 1, sem="acq_rel", scope="gpu") == SPLIT_K - 1
+    if is_last:
+        tl.store(arrived + block, 0)
+        total = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
+        squares = tl.zeros((BLOCK_R,), tl.float32)
+        for other in tl.static_range(SPLIT_K):
+            start = partial + other * STRIDE
+            total += tl.load(start + place, mask=mask, other=0.0, cache_modifier=".cg")
+            if NORM:
+                squares += tl.load(start + BLOCK_R * BLOCK_N + row, cache_modifier=".cg")
+    return is_last, total, squares
+
+
+@triton.jit
+def matrix_kernel(
+    x,
+    weight,
+    bias,
+    norm_weight,
+    residual,
+    output,
+    partial,
+    arrived,
+    rows,
+    features,
+    inner,
+    eps,
+    offset,
+    NORM: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """BLOCK_N of the N = ``features`` weight rows times x [rows, K = ``inner``], K in splits."""
+    block, split = tl.program_id(0), tl.program_id(1)
+    weight_row = weight_rows(block, features, ACTIVATION, BLOCK_N)
+    row = tl.arange(0, BLOCK_R)
+    part = tl.cdiv(tl.cdiv(inner, BLOCK_K), SPLIT_K) * BLOCK_K
+    begin, end = split * part, tl.minimum((split + 1) * part, inner)
+    _prefetch_weights(weight, weight_row, begin, inner, PREFETCH, PDL)
+    wait_for_inputs(PDL)
+    total, squares = _multiply(
+        x,
+        weight,
+        norm_weight,
+        weight_row,
+        row,
+        rows,
+        begin,
+        end,
+        inner,
+        offset,
+        NORM,
+        EVEN,
+        BLOCK_R,
+        BLOCK_N,
+        BLOCK_K,
+        STAGES,
+    )
+    is_last = True
+    if SPLIT_K > 1:
+        is_last, total, squares = _add_splits(
+            total,
+            squares,
+            partial,
+            arrived,
+            block,
+            split,
+            row,
+            rows,
+            NORM,
+            BLOCK_R,
+            BLOCK_N,
+            SPLIT_K,
+        )
+    if is_last:
+        if NORM:
+            total *= tl.rsqrt(squares / inner + eps)[:, None]
+        finish(total, bias, residual, output, block, row, rows, features, ACTIVATION, BLOCK_N)
