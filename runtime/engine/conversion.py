@@ -70,7 +70,7 @@ def _convert(engine: Engine, request: Request, change: Change) -> None:
     assert holding is not None
     options = paged.choices[change.choice]
     old, new = options[request.choices[change.choice]], options[change.option]
-    wanted = [place for place in places(paged, new)]
+    wanted = list(places(paged, new))
     if not all(_can_restore(engine, holding, place) for place in wanted):
         return
     states = {op: read_state(engine, holding, op, request.past) for op in old}
@@ -143,5 +143,3 @@ def _pools_of(
 def _state_name(pool: Pool, op: int) -> str:
     prefix = f"{op}."
     return next(s.removeprefix(prefix) for s in pool.states if s.startswith(prefix))
-
-

@@ -36,7 +36,7 @@ from fxgraft.symbolic import fake_inputs
 aten = torch.ops.aten
 fx = torch.ops.fxgraft
 _MASK_OPS = frozenset({
-    aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout, aten.ne.Scalar,
+    aten.to.dtype, aten.to.device, aten._to_copy.default, aten.to.dtype_layout, aten.ne.Scalar,
     aten.slice.Tensor, aten.alias.default, aten.bitwise_and.Tensor, aten.contiguous.default,
 })  # fmt: skip
 _OWN = ("input_ids", "attention_mask", "position_ids")
@@ -250,7 +250,9 @@ def _plan(
         states = work.states_of(number)
         grows = [(s.name, states[s.name]) for s in spec.states if s.kind == "grows"]
         if grows:
-            key = tuple((name, s.dtype, _block_shape(work, s), s.grows, s.limit) for name, s in grows)
+            key = tuple(
+                (name, s.dtype, _block_shape(work, s), s.grows, s.limit) for name, s in grows
+            )
             alike.setdefault(key, []).append(number)
         for state in spec.states:
             if state.kind == "fixed":

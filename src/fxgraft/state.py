@@ -38,6 +38,7 @@ _ROW_WISE = frozenset({
     aten.linear.default, aten.mul.Tensor, aten.div.Tensor, aten.tanh.default, aten.add.Tensor,
     aten.mul.Scalar, aten.to.dtype, aten._to_copy.default, aten.clamp.default,
     aten.slice.Tensor, aten.contiguous.default, aten.alias.default, aten.to.dtype_layout,
+    aten.layer_norm.default,
 })  # fmt: skip
 
 
@@ -439,6 +440,11 @@ def _row_source(work: _Insertion, node: Node) -> Node | None:
     if not isinstance(source, Node) or len(dims(source)) != 3:
         return None
     return source if dims(source)[1] == work.sequence else None
+
+
+def _treats_rows_alike(node: Node) -> bool:
+    spec = spec_of(node)
+    return node.target in _ROW_WISE or (spec is not None and spec.kind == "norm")
 
 
 def _others_broadcast(work: _Insertion, node: Node) -> bool:

@@ -1,4 +1,4 @@
-"""Paged graphs: rows at different pasts, in scattered blocks, give what the whole sequence gives."""
+"""Paged graphs: rows at any pasts, in scattered blocks, give what the whole sequence gives."""
 
 from __future__ import annotations
 
