@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from fxgraft.backend import Backend
 from fxgraft.backends.onnx.options import OnnxOptions, parse
+from fxgraft.collectives import require_whole
 from fxgraft.program import Program
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class OnnxBackend(Backend):
         """
         from fxgraft.backends.onnx.compiled import OnnxCompiled
 
+        require_whole(program, "backend 'onnx' runs in one process")
         return OnnxCompiled(program, parse(options))
 
     def export(self, program: Program, folder: Path, **options: Any) -> Path:
@@ -59,6 +61,7 @@ class OnnxBackend(Backend):
         """
         from fxgraft.backends.onnx.exporting import export
 
+        require_whole(program, "ONNX files hold whole models")
         return export(program, folder, parse(options))
 
 

@@ -81,7 +81,8 @@ def find_heads(program: Program) -> list[Heads]:
         PassError: the weights of some attention cannot be told apart by head; names the module.
     """
     attention = torch.ops.fxgraft.attention.default
-    return [_find(node) for node in program.graph.find_nodes(op="call_function", target=attention)]
+    nodes = program.graph.find_nodes(op="call_function", target=attention)
+    return [heads_of(node) for node in nodes]
 
 
 def refuse(node: Node, why: str) -> PassError:
@@ -94,7 +95,12 @@ def refuse(node: Node, why: str) -> PassError:
     )
 
 
-def _find(mixer: Node) -> Heads:
+def heads_of(mixer: Node) -> Heads:
+    """The projections of one attention.
+
+    Raises:
+        PassError: its weights cannot be told apart by head; names the module.
+    """
     query, key, value = (argument(mixer, name) for name in ("query", "key", "value"))
     assert isinstance(query, Node)
     assert isinstance(key, Node)
@@ -113,7 +119,7 @@ def _find(mixer: Node) -> Heads:
 def _input_projection(value: Node) -> Projection:
     boundary, heads_at = _boundary(value)
     linear, elementwise = _linear_behind(boundary)
-    numbers = _moved_numbers(linear, boundary).movedim(heads_at, 0)
+    numbers = moved_numbers(linear, boundary).movedim(heads_at, 0)
     index = [head.flatten() for head in numbers]
     return replace(_projection(linear, index, boundary, heads_at), elementwise=elementwise)
 
@@ -138,7 +144,7 @@ def _same_heads(node: Node, axis: int) -> tuple[Node, int] | None:
     if node.target is aten.permute.default:
         order = [place % len(dims(node)) for place in cast("list[int]", node.args[1])]
         return cast(Node, node.args[0]), order[axis]
-    if _moves_data(node) and node.target not in (aten.contiguous.default, aten.clone.default):
+    if moves_data(node) and node.target not in (aten.contiguous.default, aten.clone.default):
         return None
     for source in node.all_input_nodes:
         value = source.meta.get("val")
@@ -171,7 +177,7 @@ def op_name(node: Node) -> str:
     return qualified_name(node) or getattr(node.target, "__name__", str(node.target))
 
 
-def _moves_data(node: Node) -> bool:
+def moves_data(node: Node) -> bool:
     """Whether a node only rearranges elements."""
     return op_name(node) in {
         "getitem", "aten::view", "aten::reshape", "aten::_unsafe_view", "aten::transpose",
@@ -194,13 +200,13 @@ def _linear_behind(start: Node) -> tuple[Node, tuple[Node, ...]]:
     while node.target not in _LINEARS:
         if _is_alike(node):
             elementwise.insert(0, node)
-        elif not _moves_data(node):
+        elif not moves_data(node):
             raise refuse(start, f"{graphs.short_target(node)} works across heads")
         node = node.all_input_nodes[0]
     return node, tuple(elementwise)
 
 
-def _moved_numbers(linear: Node, goal: Node) -> Tensor:
+def moved_numbers(linear: Node, goal: Node) -> Tensor:
     """Numbers 0 … out−1 in the place of the linear's output, moved as the graph does to goal."""
     width = int(dims(linear)[-1])  # pyright: ignore[reportArgumentType]
     rank = len(dims(linear))
@@ -257,7 +263,7 @@ def _output_projection(mixer: Node) -> Projection:
         user = users[0]
         if user.target in _LINEARS:
             break
-        if not _moves_data(user):
+        if not moves_data(user):
             raise refuse(user, f"{graphs.short_target(user)} comes before the output projection")
         node = user
     shape = [_ROWS if not size.is_Integer else int(size) for size in dims(mixer)]  # pyright: ignore[reportArgumentType]

@@ -11,6 +11,7 @@ import torch
 
 from fxgraft.backend import Compiled, find_backend
 from fxgraft.check import relative_error
+from fxgraft.collectives import share_of
 from fxgraft.errors import Error
 from fxgraft.program import Program
 from fxgraft.stepping import tolerance
@@ -46,11 +47,12 @@ def lower(program: Program) -> Compiled:
 
     A candidate is refused when it is missing, cannot lower the Program, or gives other logits than
     eager torch while it takes in the same tokens. Programs that are no language models, or whose
-    weights are on the meta device or a GPU, are lowered by torch.
-
+    weights are on the meta device or a GPU, are lowered by torch. So are shares of a model, whose
+    processes might else choose differently.
     """
     reference = find_backend("torch").lower(program)
-    if program.device.type != "cpu" or "logits" not in program.outputs:
+    is_share = share_of(program) is not None
+    if is_share or program.device.type != "cpu" or "logits" not in program.outputs:
         return reference
     try:
         prompt = program.example(seed=3, batch=1, sequence=_PROMPT)["input_ids"]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch.fx import Node
@@ -118,7 +119,20 @@ class Reference:
         return Reference(program, done)
 
 
-def compare(reference: Reference, after: Program) -> Comparison:
+class Run(Protocol):
+    """Runs a rewritten Program, as ``fxgraft.interpreter.run`` does."""
+
+    def __call__(
+        self,
+        program: Program,
+        inputs: Mapping[str, torch.Tensor],
+        *,
+        verify: bool = False,
+        kept: dict[str, Any] | None = None,
+    ) -> dict[str, torch.Tensor]: ...
+
+
+def compare(reference: Reference, after: Program, run: Run = interpreter.run) -> Comparison:
     """Compare the outputs of a rewritten Program with those of the original.
 
     Outputs that only ``after`` has are not compared.
@@ -128,7 +142,7 @@ def compare(reference: Reference, after: Program) -> Comparison:
     """
     found: list[tuple[float, str, Trial]] = []
     for trial, expected in reference.outputs:
-        actual = interpreter.run(after, _inputs_of(after, trial), verify=True)
+        actual = run(after, _inputs_of(after, trial), verify=True)
         found += [(relative_error(actual[n], expected[n]), n, trial) for n in expected]
     error, output, worst = max(found, key=lambda item: item[0])
     return Comparison(error, output, tuple(trial for trial, _ in reference.outputs), worst)
@@ -174,7 +188,12 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def require(
-    reference: Reference, after: Program, limit: float, claim: str, remedy: str
+    reference: Reference,
+    after: Program,
+    limit: float,
+    claim: str,
+    remedy: str,
+    run: Run = interpreter.run,
 ) -> Comparison:
     """Compare two Programs and fail if they are further apart than ``limit``.
 
@@ -184,17 +203,18 @@ def require(
         limit: largest relative error allowed.
         claim: what was promised, the start of the message: ``"pass 'fold' is exact"``.
         remedy: what to do if the promise is broken.
+        run: how the rewritten one is run.
 
     Raises:
         NumericError: names the output, the sizes and the first node that differs.
     """
-    comparison = compare(reference, after)
+    comparison = compare(reference, after, run)
     if comparison.error <= limit:
         return comparison
     raise NumericError(
         f"{claim}, but output {comparison.output!r} has a relative error of "
         f"{comparison.error:.3g} (allowed: {limit:.3g}) with {comparison.worst}\n"
-        f"  {first_difference(reference.program, after, comparison.worst, limit)}",
+        f"  {first_difference(reference.program, after, comparison.worst, limit, run)}",
         remedy,
     )
 
@@ -222,12 +242,14 @@ def require_no_nan(reference: Reference, after: Program, owner: str) -> None:
                 )
 
 
-def first_difference(before: Program, after: Program, trial: Trial, limit: float) -> str:
+def first_difference(
+    before: Program, after: Program, trial: Trial, limit: float, run: Run = interpreter.run
+) -> str:
     """Which of the nodes that both Programs have is the first to differ, in words."""
     expected: dict[str, Any] = {}
     actual: dict[str, Any] = {}
     interpreter.run(before, _inputs_of(before, trial), kept=expected)
-    interpreter.run(after, _inputs_of(after, trial), kept=actual)
+    run(after, _inputs_of(after, trial), kept=actual)
     for node in after.graph.nodes:
         if node.op != "call_function" or node.name not in expected:
             continue

@@ -61,6 +61,12 @@ def check_required(
     Raises:
         ContractError: names the pass, the fact and the remedy.
     """
+    if "sharded" in holding:
+        raise ContractError(
+            f"{where}pass {kind.name!r} cannot rewrite one process's share of a model, which pass "
+            "'shard' leaves",
+            f"move {kind.name!r} before 'shard', and start from the whole model",
+        )
     for name in sorted(kind.requires - holding):
         if name in removed_by:
             raise ContractError(

@@ -96,14 +96,53 @@ class CostTable:
         Raises:
             InputError: a dimension is missing or unknown.
         """
+        self._check_sizes(sizes, self._needed)
+        return Work(*self._compiled(*(sizes.get(name, 0) for name in self.dimensions)))
+
+    def evaluate_rows(self, **sizes: int | Iterable[int]) -> dict[str, np.ndarray[Any, Any]]:
+        """The cost of every row at a grid of sizes.
+
+        Args:
+            sizes: of every dimension that a row depends on; arrays, which broadcast.
+
+        Returns:
+            float64 [rows, ...] by field: ``flops``, ``bytes_read``, ``bytes_written``,
+            ``state_bytes``.
+
+        Raises:
+            InputError: a dimension is missing or unknown.
+        """
+        self._check_sizes(sizes, _names_in(row.cost for row in self.rows))
+        arrays = np.broadcast_arrays(
+            *(np.atleast_1d(np.asarray(sizes.get(name, 0), np.float64)) for name in self.dimensions)
+        )
+        shape = arrays[0].shape if arrays else (1,)
+        values = [np.broadcast_to(value, shape) for value in self._compiled_distinct(*arrays)]
+        table = np.stack(values) if values else np.zeros((0, *shape))
+        return {field: table[places] for field, places in self._places.items()}
+
+    @cached_property
+    def _distinct(self) -> dict[Expr, int]:
+        """Every distinct expression of the rows with its number: equal layers share theirs."""
+        costs = (getattr(row.cost, field) for row in self.rows for field in FIELDS)
+        return {expression: place for place, expression in enumerate(dict.fromkeys(costs))}
+
+    @cached_property
+    def _places(self) -> dict[str, list[int]]:
+        return {f: [self._distinct[getattr(row.cost, f)] for row in self.rows] for f in FIELDS}
+
+    @cached_property
+    def _compiled_distinct(self) -> Callable[..., list[Any]]:
+        return compile_expressions(self.dimensions, list(self._distinct))
+
+    def _check_sizes(self, sizes: Mapping[str, object], needed: Iterable[str]) -> None:
         _check_names(sizes, self.dimensions)
-        missing = sorted(self._needed - set(sizes))
+        missing = sorted(set(needed) - set(sizes))
         if missing:
             raise InputError(
                 f"the size of dimension {missing[0]!r} is missing",
                 f"give evaluate({missing[0]}=...)",
             )
-        return Work(*self._compiled(*(sizes.get(name, 0) for name in self.dimensions)))
 
     @cached_property
     def _needed(self) -> set[str]:

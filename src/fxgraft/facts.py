@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
+from fxgraft.collectives import is_collective
 from fxgraft.errors import Error
 from fxgraft.kernels.spec import OpSpec, State, argument, spec_of
 from fxgraft.program import Program
@@ -109,6 +110,12 @@ def causal_lm(program: Program) -> bool:
     """Takes input_ids and gives logits, with no separate decoder input."""
     names = {spec.name for spec in program.inputs}
     return "input_ids" in names and "decoder_input_ids" not in names and "logits" in program.outputs
+
+
+@fact("apply the pass 'shard'")
+def sharded(program: Program) -> bool:
+    """It is one process's share of a model, and waits for the others."""
+    return any(is_collective(node) for node in program.graph.nodes)
 
 
 def _ops(program: Program) -> Iterator[tuple[Node, OpSpec]]:

@@ -30,8 +30,19 @@ _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _WEIGHT_NAME = re.compile(r"[A-Za-z0-9_+\-]+(\.[A-Za-z0-9_+\-]+)*")
 _META = ("module", "source", "made_by")
 _NAMESPACES = ("aten", "prims", "fxgraft")
-# Operators outside those namespaces that capture leaves in a graph, and where they are defined.
-_FOREIGN = {"transformers.grouped_mm_fallback.default": "transformers.integrations.moe"}
+# Operators outside those namespaces that capture or a pass leaves in a graph, and where they are
+# defined.
+_FOREIGN = {
+    "transformers.grouped_mm_fallback.default": "transformers.integrations.moe",
+    **dict.fromkeys(
+        (
+            "_c10d_functional.all_reduce.default",
+            "_c10d_functional.all_gather_into_tensor.default",
+            "_c10d_functional.wait_tensor.default",
+        ),
+        "torch.distributed",
+    ),
+}
 # These reach outside the graph even when they are given fake tensors.
 _REFUSED = ("aten.from_file", "aten._print")
 _FUNCTIONS: dict[str, Callable[..., Any]] = {

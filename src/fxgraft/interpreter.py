@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -20,6 +20,7 @@ def run(
     *,
     verify: bool = False,
     kept: dict[str, Any] | None = None,
+    stand_ins: Mapping[Any, Callable[..., Any]] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Run a Program and return its outputs by name.
 
@@ -28,11 +29,12 @@ def run(
         inputs: by name.
         verify: hold every value against the shape and dtype in ``meta["val"]``.
         kept: filled with every node's value by node name.
+        stand_ins: functions to call instead of some operators.
 
     Raises:
         GraphError: an operator fails, or metadata is untrue; names the node and who made it.
     """
-    interpreter = _Interpreter(program, verify, kept)
+    interpreter = _Interpreter(program, verify, kept, stand_ins or {})
     with torch.no_grad():
         values = cast("tuple[Any, ...]", interpreter.run(*program.bind(**inputs)))
     named = zip(program.outputs, values, strict=True)
@@ -52,8 +54,15 @@ def describe_node(node: Node) -> str:
 
 
 class _Interpreter(Interpreter):
-    def __init__(self, program: Program, verify: bool, kept: dict[str, Any] | None) -> None:
+    def __init__(
+        self,
+        program: Program,
+        verify: bool,
+        kept: dict[str, Any] | None,
+        stand_ins: Mapping[Any, Callable[..., Any]],
+    ) -> None:
         super().__init__(program.graph_module)
+        self._stand_ins = stand_ins
         self.extra_traceback = False
         self._verify = verify
         self._kept = kept
@@ -76,6 +85,9 @@ class _Interpreter(Interpreter):
         if self._kept is not None:
             self._kept[n.name] = value
         return value
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return super().call_function(self._stand_ins.get(target, target), args, kwargs)
 
     def _compare(self, node: Node, value: torch.Tensor) -> None:
         expected = node.meta.get("val")

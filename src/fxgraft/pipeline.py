@@ -116,6 +116,8 @@ class Pipeline:
             kind = type(step)
             with located(place):
                 contracts.check_required(kind, holding, removed_by)
+            if step.neutral() == step:
+                continue
             removed_by |= dict.fromkeys(holding & kind.removes, kind.name)
             holding = (holding - kind.removes) | kind.ensures
 

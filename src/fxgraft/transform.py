@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from fxgraft import check as checks
-from fxgraft import contracts, facts, structure
+from fxgraft import contracts, facts, interpreter, structure
 from fxgraft import graph as graphs
 from fxgraft.errors import ContractError, Error, NothingMatchedError, PassError
 from fxgraft.history import Record
@@ -100,6 +100,15 @@ class Pass(BaseModel, ABC):
         Raises:
             InputError: names the field and the remedy.
         """
+
+    def runner(self, before: Program, after: Program) -> tuple[checks.Run, str]:
+        """How the numeric check runs the result, and words on that for the history.
+
+        Args:
+            before: the Program that the pass was applied to.
+            after: the result.
+        """
+        return interpreter.run, ""
 
     def config(self) -> dict[str, Any]:
         """The fields as JSON values."""
@@ -301,8 +310,9 @@ def _check(before: Program, after: Program, step: Pass, wanted: bool) -> tuple[f
         limit = float(cast(Any, step).tolerance)
         claim = f"pass {step.name!r} is approximate"
         remedy = "set it to approximate less, or raise its `tolerance`"
-    found = checks.require(reference, after, limit, claim, remedy)
-    return found.error, f"outputs compared on {found}, allowed error {limit:.3g}"
+    run, how = step.runner(before, after)
+    found = checks.require(reference, after, limit, claim, remedy, run)
+    return found.error, f"outputs compared on {found}{how}, allowed error {limit:.3g}"
 
 
 def _check_behaviour(
