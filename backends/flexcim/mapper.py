@@ -1,0 +1,119 @@
+"""The mapper: which layout runs a matrix product, by cycles, energy or their product."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from fxgraft.backends.flexcim.hardware import Hardware
+from fxgraft.backends.flexcim.macro import PARTS, Gemm, Layout, total
+from fxgraft.backends.flexcim.patterns import DENSE
+from fxgraft.errors import InputError
+
+Objective = Literal["latency", "energy", "edp"]
+Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """A matrix product on the macros, for one or many numbers of tokens.
+
+    Attributes:
+        layouts: the chosen layout per number of tokens.
+        cycles: float64 [points], whole numbers.
+        energy: joules by part, float64 [points].
+        off_chip_bytes: float64 [points].
+    """
+
+    layouts: tuple[Layout, ...]
+    cycles: Array
+    energy: dict[str, Array]
+    off_chip_bytes: Array
+
+    @property
+    def joules(self) -> Array:
+        """Energy of all parts."""
+        return np.sum(list(self.energy.values()), axis=0)
+
+
+def layouts(hardware: Hardware, gemm: Gemm, *, streamed: bool = False) -> list[Layout]:
+    """All layouts of a product, larger merge factors first.
+
+    A sparse product may also be stored dense; hardware without selectors stores everything so.
+    """
+    patterns = [DENSE] if hardware.cell == "dense" else [gemm.pattern]
+    if gemm.pattern.is_sparse and hardware.cell != "dense":
+        patterns.append(DENSE)
+    return [
+        Layout(hardware, gemm, pattern, merge, streamed)
+        for pattern in patterns
+        for merge in reversed(hardware.merge_factors)
+    ]
+
+
+def map_gemm(
+    hardware: Hardware,
+    gemm: Gemm,
+    tokens: int | Sequence[int] | Array,
+    objective: Objective = "latency",
+    *,
+    streamed: bool = False,
+) -> Mapped:
+    """Choose a layout for each number of tokens.
+
+    Args:
+        hardware: the macros.
+        gemm: what is computed.
+        tokens: T, one or many.
+        objective: ``"latency"``: fewest cycles, ties by energy; ``"energy"``: least energy, ties
+            by cycles; ``"edp"``: least product of both. Last ties go to the larger merge factor.
+        streamed: weights and activations are off chip.
+
+    Raises:
+        InputError: a number of tokens is below 1, or the objective is unknown.
+    """
+    points = np.atleast_1d(np.asarray(tokens, np.float64))
+    if not (points >= 1).all():
+        raise InputError(f"field 'tokens' is {points.min():g}", "give at least 1 token")
+    if objective not in _KEYS:
+        raise InputError(f"objective {objective!r} is unknown", f"give one of: {', '.join(_KEYS)}")
+    found = layouts(hardware, gemm, streamed=streamed)
+    cycles = np.stack([np.broadcast_to(layout.cycles(points), points.shape) for layout in found])
+    energies = [layout.energy(points) for layout in found]
+    joules = np.stack([np.broadcast_to(total(energy), points.shape) for energy in energies])
+    chosen = _first_least(_KEYS[objective](cycles, joules))
+    every = np.arange(len(points))
+    return Mapped(
+        tuple(found[index] for index in chosen),
+        cycles[chosen, every],
+        {
+            part: np.stack([np.broadcast_to(e[part], points.shape) for e in energies])[chosen, every]
+            for part in PARTS
+        },
+        np.stack([layout.off_chip_bytes(points) for layout in found])[chosen, every],
+    )  # fmt: skip
+
+
+_KEYS: dict[str, Callable[[Array, Array], list[Array]]] = {
+    "latency": lambda cycles, joules: [cycles, joules],
+    "energy": lambda cycles, joules: [joules, cycles],
+    "edp": lambda cycles, joules: [cycles * joules, cycles],
+}
+
+
+def _first_least(
+    keys: Sequence[Array],
+) -> np.ndarray[tuple[int, ...], np.dtype[np.intp]]:
+    """Index of the first candidate with the least keys, in order of importance.
+
+    Args:
+        keys: [candidates, points] each.
+    """
+    alive = np.ones(keys[0].shape, np.bool_)
+    for key in keys:
+        masked = np.where(alive, key, np.inf)
+        alive &= masked <= masked.min(0)
+    return alive.argmax(0)

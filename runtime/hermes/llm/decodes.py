@@ -1,0 +1,286 @@
+"""The sequences that decode together, without work per token (HERMES section 4.1 of the spec).
+
+All of them advance in every decode step, so one *decode clock* counts for all. What a sequence
+needs to remember is when it joined; its length, its blocks and its end follow from the clock. The
+sums over sequences (queries, context, blocks needed next) are kept up to date, and a jump over
+many steps costs as much as one.
+"""
+
+from __future__ import annotations
+
+import heapq
+from abc import ABC, abstractmethod
+from bisect import bisect_left
+
+from fxgraft.runtime.hermes.llm.blocks import blocks_for
+from fxgraft.runtime.hermes.log import Rows
+from fxgraft.runtime.hermes.request import Request
+
+GAP_COLUMNS = ("seconds", "slope", "steps", "queries")
+"""``queries`` gaps of ``seconds + i * slope`` each, for i in 0 .. steps - 1."""
+
+
+class Decodes(ABC):
+    """Running decodes of one client.
+
+    Attributes:
+        count: query tokens of a decode step; a request with B live branches has B.
+        context: keys that the next decode step reads, each query's own token included.
+        clock: decode steps done so far.
+        block_size: tokens per block.
+        last_end: when the last decode step ended, in seconds.
+        gaps: takes the gaps between tokens; see ``GAP_COLUMNS``.
+    """
+
+    def __init__(self, block_size: int, gaps: Rows | None = None) -> None:
+        self.block_size = block_size
+        self.gaps = gaps
+        self.count = 0
+        self.context = 0
+        self.clock = 0
+        self.last_end = 0.0
+
+    @abstractmethod
+    def join(self, request: Request) -> None:
+        """Add a request that has just emitted, or brought, its ``emitted``-th token."""
+
+    @abstractmethod
+    def drop(self, request: Request) -> None:
+        """Take a request out before its end; brings its ``emitted`` up to date."""
+
+    @abstractmethod
+    def needed(self) -> int:
+        """Blocks to allocate before the next decode step."""
+
+    @abstractmethod
+    def needed_by(self, request: Request) -> int:
+        """Of these, the ones for one request."""
+
+    @abstractmethod
+    def held_by(self, request: Request) -> int:
+        """Blocks that a request holds now."""
+
+    @abstractmethod
+    def jump(self, free: int, limit: int) -> int:
+        """Decode steps until the first end of a branch, or until ``free`` blocks do not do."""
+
+    @abstractmethod
+    def allocate(self, steps: int) -> int:
+        """Blocks that these many next steps allocate."""
+
+    @abstractmethod
+    def advance(self, steps: int, start: float, first: float, slope: float, end: float) -> None:
+        """The next ``steps`` decode steps have run back to back.
+
+        Args:
+            steps: at least 1.
+            start, end: of all of them, in seconds.
+            first: duration of the first.
+            slope: by how much each takes longer than the one before.
+        """
+
+    @abstractmethod
+    def ended(self, now: float) -> list[tuple[Request, int]]:
+        """Take out branches that emitted their last token: the request and its freed blocks."""
+
+    @abstractmethod
+    def sync(self, request: Request) -> None:
+        """Bring a request's ``emitted`` and ``max_gap`` up to date."""
+
+    @abstractmethod
+    def pending_output(self) -> int:
+        """Tokens still to be emitted by all of them."""
+
+
+class JumpingDecodes(Decodes):
+    """Decodes whose bookkeeping is independent of the number of tokens."""
+
+    def __init__(self, block_size: int, gaps: Rows | None = None) -> None:
+        super().__init__(block_size, gaps)
+        # Queries by the clock (modulo the block size) at which they need a new block, twice.
+        self._due = [0] * (2 * block_size)
+        self._ends: list[tuple[int, int, int, Request]] = []
+        self._fresh: list[Request] = []
+        # Clocks and gaps of the largest gaps since: both lists are sorted, gaps downwards.
+        self._gap_clocks: list[int] = []
+        self._gaps: list[float] = []
+        self._end_sum = 0
+
+    def join(self, request: Request) -> None:
+        emitted = request.emitted
+        request.base, request.joined = emitted, self.clock
+        branches = request.live
+        self.count += branches
+        self.context += branches * (request.prompt + emitted)
+        self._mark(request, branches)
+        self._fresh.append(request)
+        clock = self.clock - emitted
+        if branches == 1 and not request.branch_outputs:
+            self._end_sum += clock + request.output
+            heapq.heappush(
+                self._ends, (clock + request.output, request.index, request.incarnation, request)
+            )
+            return
+        for output in request.branch_outputs:
+            if output > emitted:
+                self._end_sum += clock + output
+                heapq.heappush(
+                    self._ends, (clock + output, request.index, request.incarnation, request)
+                )
+
+    def _mark(self, request: Request, branches: int) -> None:
+        """Count when these queries need new blocks (negative: no more)."""
+        size = self.block_size
+        own = request.emitted - 1 - (self.clock - request.joined)
+        if not request.branch_outputs:
+            own += request.prompt
+        due = (request.joined - own) % size
+        self._due[due] += branches
+        self._due[due + size] += branches
+
+    def _emitted(self, request: Request) -> int:
+        return request.base + self.clock - request.joined
+
+    def drop(self, request: Request) -> None:
+        self.sync(request)
+        branches = request.live
+        self._mark_off(request, branches)
+        request.incarnation += 1
+        for output in request.outputs():
+            if output > request.emitted:
+                self._end_sum -= request.joined - request.base + output
+
+    def _mark_off(self, request: Request, branches: int) -> None:
+        self.count -= branches
+        self.context -= branches * (request.prompt + request.emitted)
+        self._mark(request, -branches)
+
+    def needed(self) -> int:
+        return self._due[self.clock % self.block_size]
+
+    def needed_by(self, request: Request) -> int:
+        own = self._emitted(request) - 1
+        if not request.branch_outputs:
+            own += request.prompt
+        return 0 if own % self.block_size else request.live
+
+    def held_by(self, request: Request) -> int:
+        return decode_blocks(request, self._emitted(request), self.block_size)
+
+    def jump(self, free: int, limit: int) -> int:
+        steps = min(limit, self._next_end() - self.clock)
+        size, count = self.block_size, self.count
+        if (steps // size + 1) * count <= free:
+            return steps
+        rounds = min(free // count, steps // size)
+        left = free - rounds * count
+        done, clock = rounds * size, self.clock % size
+        while done < steps and self._due[clock] <= left:
+            left -= self._due[clock]
+            clock = clock + 1 if clock + 1 < size else 0
+            done += 1
+        return done
+
+    def _next_end(self) -> int:
+        ends = self._ends
+        while ends[0][2] != ends[0][3].incarnation:
+            heapq.heappop(ends)
+        return ends[0][0]
+
+    def allocate(self, steps: int) -> int:
+        size = self.block_size
+        if steps == 1:
+            return self._due[self.clock % size]
+        start = self.clock % size
+        return steps // size * self.count + sum(self._due[start : start + steps % size])
+
+    def advance(self, steps: int, start: float, first: float, slope: float, end: float) -> None:
+        first_end = start + first
+        gap, count = first_end - self.last_end, self.count
+        self._push_gap(self.clock + 1, gap)
+        older = count - self._greet(first_end) if self._fresh else count
+        if self.gaps is not None:
+            if older:
+                self.gaps.append((gap, 0.0, 1, older))
+            if steps > 1:
+                self.gaps.append((first + slope, slope, steps - 1, count))
+        self.clock += steps
+        self.context += steps * count
+        if steps > 1:
+            self._push_gap(self.clock, first + slope * (steps - 1))
+        self.last_end = end
+
+    def _greet(self, first_end: float) -> int:
+        """The first decode step of those that joined has ended; returns their queries."""
+        queries = 0
+        for request in self._fresh:
+            gap = first_end - request.last_token
+            if gap > request.max_gap:
+                request.max_gap = gap
+            queries += request.live
+            if self.gaps is not None:
+                self.gaps.append((gap, 0.0, 1, request.live))
+        self._fresh.clear()
+        return queries
+
+    def _push_gap(self, clock: int, gap: float) -> None:
+        gaps, clocks = self._gaps, self._gap_clocks
+        while gaps and gaps[-1] <= gap:
+            gaps.pop()
+            clocks.pop()
+        gaps.append(gap)
+        clocks.append(clock)
+
+    def _settle(self, request: Request) -> None:
+        """Fold the gaps after its first decode step into ``max_gap``."""
+        place = bisect_left(self._gap_clocks, request.joined + 2)
+        if place < len(self._gaps) and self._gaps[place] > request.max_gap:
+            request.max_gap = self._gaps[place]
+
+    def ended(self, now: float) -> list[tuple[Request, int]]:
+        found: list[tuple[Request, int]] = []
+        ends, clock = self._ends, self.clock
+        while ends and ends[0][0] <= clock:
+            end, _, incarnation, request = heapq.heappop(ends)
+            if incarnation != request.incarnation:
+                continue
+            self._end_sum -= end
+            request.emitted = request.base + clock - request.joined
+            self._mark_off(request, 1)
+            freed = branch_blocks(request, request.emitted, self.block_size)
+            request.live -= 1
+            if request.live == 0:
+                self._settle(request)
+                request.incarnation += 1
+                request.last_token = now
+            found.append((request, freed))
+        return found
+
+    def sync(self, request: Request) -> None:
+        if self.clock > request.joined:
+            request.last_token = self.last_end
+            self._settle(request)
+        elif request in self._fresh:
+            self._fresh.remove(request)
+        request.emitted = self._emitted(request)
+
+    def pending_output(self) -> int:
+        return self._end_sum - self.clock * self.count
+
+
+def decode_blocks(request: Request, emitted: int, size: int) -> int:
+    """Blocks of a decoding request whose live branches have emitted so many tokens.
+
+    The last emitted token has no keys and values yet. Branches share the blocks of the prompt.
+    """
+    if not request.branch_outputs:
+        return blocks_for(request.prompt + emitted - 1, size)
+    return blocks_for(request.prompt, size) + request.live * blocks_for(emitted - 1, size)
+
+
+def branch_blocks(request: Request, emitted: int, size: int) -> int:
+    """Blocks freed when one live branch ends; with the last one goes the prompt."""
+    if not request.branch_outputs:
+        return blocks_for(request.prompt + emitted - 1, size)
+    own = blocks_for(emitted - 1, size)
+    return own + blocks_for(request.prompt, size) if request.live == 1 else own
