@@ -1,7 +1,8 @@
 """Configurations that were chosen by measurement, kept on disk.
 
 A table is one JSON file per op under ``$FXGRAFT_CACHE`` (default: ``fxgraft`` in the user's cache
-folder). Looking up never measures; ``measure`` is for the functions that fill a table.
+folder). Under it lie the configurations that come with the package. Looking up never measures;
+``measure`` is for the functions that fill a table.
 """
 
 from __future__ import annotations
@@ -58,11 +59,13 @@ class TunedTable(Generic[Config]):
     Args:
         op: name of the op, and of the file.
         kind: the dataclass of configurations, with fields of plain JSON types.
+        shipped: a table in the package, which counts where the user's has no entry.
     """
 
-    def __init__(self, op: str, kind: Callable[..., Config]) -> None:
+    def __init__(self, op: str, kind: Callable[..., Config], shipped: Path | None = None) -> None:
         self.op = op
         self.kind = kind
+        self.shipped = shipped
         self._entries: dict[str, Config] | None = None
 
     @property
@@ -74,10 +77,11 @@ class TunedTable(Generic[Config]):
         """The configuration for a key, or None if nobody has measured it.
 
         Raises:
-            SerializationError: the file is not a table that this version wrote.
+            SerializationError: a file is not a table that this version wrote.
         """
         if self._entries is None:
-            self._entries = self._read()
+            shipped = {} if self.shipped is None else self._read(self.shipped)
+            self._entries = shipped | self._read(self.path)
         return self._entries.get(key.text())
 
     def put(self, entries: dict[Key, Config]) -> None:
@@ -86,8 +90,8 @@ class TunedTable(Generic[Config]):
         Raises:
             SerializationError: the file is not a table that this version wrote.
         """
-        merged = self._read() | {key.text(): config for key, config in entries.items()}
-        self._entries = merged
+        merged = self._read(self.path) | {key.text(): config for key, config in entries.items()}
+        self._entries = None
         document = {
             "version": _VERSION,
             "entries": {key: asdict(cast(Any, merged[key])) for key in sorted(merged)},
@@ -99,17 +103,17 @@ class TunedTable(Generic[Config]):
             json.dump(document, file, indent=1)
         Path(file.name).replace(self.path)
 
-    def _read(self) -> dict[str, Config]:
-        if not self.path.is_file():
+    def _read(self, path: Path) -> dict[str, Config]:
+        if not path.is_file():
             return {}
         try:
-            document = json.loads(self.path.read_text(encoding="utf-8"))
+            document = json.loads(path.read_text(encoding="utf-8"))
             if set(document) != {"version", "entries"} or document["version"] != _VERSION:
                 raise ValueError("it is not a table of this version")
             return {key: self._config(value) for key, value in document["entries"].items()}
         except (ValueError, TypeError, AttributeError) as error:
             raise SerializationError(
-                f"the table of tuned kernels {self.path} cannot be read: {error}",
+                f"the table of tuned kernels {path} cannot be read: {error}",
                 "delete the file; it is measured again",
             ) from error
 

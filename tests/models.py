@@ -41,6 +41,44 @@ def opt(**changes: Any) -> nn.Module:
     return _build("OPT", config, changes)
 
 
+def qwen2(**changes: Any) -> nn.Module:
+    """A Qwen 2: query, key and value have biases."""
+    return _build("Qwen2", _decoder(), changes)
+
+
+def olmo2(**changes: Any) -> nn.Module:
+    """An OLMo 2: queries and keys are normalised over all heads together."""
+    return _build("Olmo2", _decoder(), changes)
+
+
+def phi(**changes: Any) -> nn.Module:
+    """A Phi: half of every head rotates; attention and MLP side by side."""
+    return _build("Phi", {**_decoder(), "num_key_value_heads": 4}, changes)
+
+
+def phi3(**changes: Any) -> nn.Module:
+    """A Phi 3: merged query/key/value and merged gate/up."""
+    return _build("Phi3", _decoder(), changes)
+
+
+def gpt_neox(**changes: Any) -> nn.Module:
+    """A GPT-NeoX: query, key and value of a head side by side; a quarter of it rotates."""
+    config = _decoder()
+    del config["num_key_value_heads"]
+    return _build("GPTNeoX", config, changes)
+
+
+def mixtral(**changes: Any) -> nn.Module:
+    """A Mixtral: every MLP is a mixture of four experts."""
+    return _build("Mixtral", {**_decoder(), "num_local_experts": 4}, changes)
+
+
+def gpt_oss(**changes: Any) -> nn.Module:
+    """A GPT-OSS: sinks, windows in every other layer, experts with biases, gate/up interleaved."""
+    config = {**_decoder(), "head_dim": 16, "sliding_window": 6, "num_local_experts": 4}
+    return _build("GptOss", config, changes)
+
+
 def mamba(**changes: Any) -> nn.Module:
     """A Mamba-1: fixed-size state only."""
     config = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "expand": 2}

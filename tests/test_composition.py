@@ -21,15 +21,18 @@ import fxgraft
 from fxgraft import registry
 from fxgraft.backend import find_backend
 from fxgraft.check import relative_error
-from fxgraft.errors import PassError
+from fxgraft.collectives import share_of
+from fxgraft.errors import LoweringError, PassError
 from fxgraft.generation import Vocabulary
 from fxgraft.passes.optimize import Optimize
 from fxgraft.passes.prune_heads import PruneHeads
 from fxgraft.passes.seal import Seal, SteeringVector
+from fxgraft.passes.shard import Shard
 from fxgraft.pipeline import Pipeline
 from fxgraft.transform import apply
 from tests import model_folder
 from tests.core.test_state import run_steps
+from tests.passes._ranks import run_share_steps, run_shares, with_others
 
 TOLERANCE = 2e-5
 HEAD_DIM = 16
@@ -159,9 +162,19 @@ ROWS: dict[str, Row] = {
         steered,
         {},
     ),
+    "shard": Row(lambda _: Shard(size=2, rank=1, vocabulary="split"), as_it_is, {}),
 }
 PAIRS = [(first, second) for first in ROWS for second in ROWS]
-COMPOSING = [(first, second) for first, second in PAIRS if first not in ROWS[second].refuses]
+
+
+def refusal(first: str, second: str) -> str | None:
+    """Words of the reason why ``second`` cannot run after ``first``; None if it can."""
+    if first == "shard":
+        return "cannot rewrite one process's share"
+    return ROWS[second].refuses.get(first)
+
+
+COMPOSING = [pair for pair in PAIRS if refusal(*pair) is None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,8 +198,17 @@ class Setting:
         return ROWS[name].configure(self.folder)
 
     def run(self, program: fxgraft.Program) -> Tensor:
-        """Logits of a Program on the texts."""
-        return program(**self.values)[0]
+        """Logits of a Program on the texts; of a share together with the other ones."""
+        share = share_of(program)
+        if share is None:
+            return program(**self.values)[0]
+        return run_shares(with_others(program, self.program), self.values)[share.rank]
+
+    def run_steps(self, program: fxgraft.Program, cuts: list[int]) -> list[Tensor]:
+        """Logits of a Program's step graph at the end of each step."""
+        if share_of(program) is None:
+            return run_steps(fxgraft.insert_state(program), self.values, cuts)
+        return run_share_steps(with_others(program, self.program), self.values, cuts)
 
     def original(self, references: Sequence[Reference] = ()) -> Tensor:
         """Logits of the original on the texts, with hooks."""
@@ -248,7 +270,7 @@ def test_a_pair_is_refused_exactly_if_its_rows_say_so(
     setting: Setting, first: str, second: str
 ) -> None:
     pipeline = Pipeline.parse([setting.step(first), setting.step(second)])
-    reason = ROWS[second].refuses.get(first)
+    reason = refusal(first, second)
     if reason is None:
         pipeline.validate(setting.program)
         return
@@ -296,7 +318,7 @@ def test_the_steps_of_a_pair_equal_the_whole(setting: Setting, first: str, secon
     whole = setting.run(both)
     length = whole.shape[1]
     cuts = [length - 12, length - 6, *range(length - 5, length + 1)]
-    outputs = run_steps(fxgraft.insert_state(both), setting.values, cuts)
+    outputs = setting.run_steps(both, cuts)
     for end, logits in zip(cuts, outputs, strict=True):
         assert close(logits, whole[:, end - 1])
 
@@ -320,6 +342,10 @@ def test_a_pair_is_exported(setting: Setting, tmp_path: Path, first: str, second
     if problem is not None:
         pytest.skip(problem)
     both = setting.after(first, second)
+    if share_of(both) is not None:
+        with pytest.raises(LoweringError, match="ONNX files hold whole models"):
+            fxgraft.export_onnx(both, tmp_path / "onnx")
+        return
     folder = fxgraft.export_onnx(both, tmp_path / "onnx")
     assert {"prefill.onnx", "decode.onnx"} <= {path.name for path in folder.iterdir()}
 

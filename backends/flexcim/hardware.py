@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -24,16 +24,25 @@ MOST_POSITIONS: Mapping[str, int] = {"gather": 256, "pair": 32, "dense": 1}
 
 
 def _count(default: int, unit: str, source: str, meaning: str) -> Any:
-    extra = {"unit": unit, "source": source}
+    extra: dict[str, Any] = {"unit": unit, "source": source}
     return Field(default, ge=1, strict=True, description=meaning, json_schema_extra=extra)
 
 
-def _constant(default: float, unit: str, source: str, meaning: str, **bounds: float) -> Any:
-    extra = {"unit": unit, "source": source}
-    limits: dict[str, Any] = bounds or {"ge": 0}
+def _constant(
+    default: float,
+    unit: str,
+    source: str,
+    meaning: str,
+    *,
+    gt: float | None = None,
+    le: float | None = None,
+) -> Any:
+    """A field of at least 0, or of more than ``gt``."""
+    extra: dict[str, Any] = {"unit": unit, "source": source}
     return Field(
-        default, allow_inf_nan=False, description=meaning, json_schema_extra=extra, **limits
-    )
+        default, ge=0 if gt is None else None, gt=gt, le=le, allow_inf_nan=False,
+        description=meaning, json_schema_extra=extra,
+    )  # fmt: skip
 
 
 class Structure(BaseModel):
@@ -96,7 +105,7 @@ class Energies(BaseModel):
     cell_write: float = _constant(5.1, "fJ", "A", "e_write, per bit")
     dram_bit: float = _constant(3700.0, "fJ", "Z", "off-chip memory, per bit")
     vector_operation: float = _constant(500.0, "fJ", "A", "e_op, 16-bit operation")
-    activity: float = _constant(0.5, "", "A", "alpha, share of input bits that are 1", ge=0, le=1)
+    activity: float = _constant(0.5, "", "A", "alpha, share of input bits that are 1", le=1)
     leakage: float = _constant(0.0, "W", "A", "P_leak, per macro")
     idle: float = _constant(0.0, "W", "A", "drawn between steps, all macros together")
 
@@ -130,8 +139,8 @@ class Hardware(Structure):
     ``constants()``.
     """
 
-    energies: Annotated[Energies, Field(default_factory=Energies)]
-    transistors: Annotated[Transistors, Field(default_factory=Transistors)]
+    energies: Energies = Energies.model_validate({})
+    transistors: Transistors = Transistors.model_validate({})
 
     @field_validator("sub_macros", "rows")
     @classmethod
@@ -179,7 +188,7 @@ class Hardware(Structure):
         for prefix, record in (("", self), ("energies.", self.energies),
                                ("transistors.", self.transistors)):  # fmt: skip
             for name, field in type(record).model_fields.items():
-                extra = field.json_schema_extra
+                extra = cast(Any, field.json_schema_extra)
                 if isinstance(extra, dict):
                     unit, source = str(extra.get("unit", "")), str(extra["source"])
                     meaning = field.description or ""
@@ -203,7 +212,7 @@ def parse(value: Hardware | Mapping[str, Any] | str | Path | None) -> Hardware:
     if value is not None and not isinstance(value, Mapping):
         raise InputError(f"{where} is no mapping", "give fields and their values")
     try:
-        return Hardware(**cast("dict[str, Any]", dict(value or {})))
+        return Hardware.model_validate(dict(value or {}))
     except ValidationError as error:
         raise readable(error, Hardware, where, nowhere) from error
 

@@ -10,9 +10,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+import sympy  # pyright: ignore[reportMissingTypeStubs]
 
 from fxgraft.backends.flexcim.hardware import Hardware
 from fxgraft.backends.flexcim.patterns import DENSE, Pattern
@@ -189,7 +190,7 @@ class Layout:
         serial = hardware.bits_per_cycle < hardware.activation_bits
         sums = tokens * self.gemm.outputs
         return {
-            "multiply": beats * weights * hardware.weight_bits * unit.bit_multiply * unit.activity,
+            "multiply": beats * weights * self._multiplier * unit.activity,
             "select": beats * weights * self._selectors * unit.multiplexer_2 * unit.activity,
             "trees": beats * weights / hardware.rows * self.tree_adders
             * unit.full_adder * unit.activity,
@@ -219,6 +220,13 @@ class Layout:
         return 1 if self.hardware.cell == "pair" else self.pattern.m - 1
 
     @property
+    def _multiplier(self) -> float:
+        """Energy of one cell's multiplier: a bit of each, and the adders of an array of them."""
+        hardware, unit = self.hardware, self.hardware.energies
+        bits, width = hardware.bits_per_cycle, hardware.weight_bits
+        return width * (bits * unit.bit_multiply + (bits - 1) * unit.full_adder)
+
+    @property
     def tree_adders(self) -> int:
         """FA, full adders of a column's tree."""
         return tree_adders(self.hardware)
@@ -231,9 +239,14 @@ class Layout:
 
 
 def tree_adders(hardware: Hardware) -> int:
-    """Full adders of one column's tree: ``R (B_w + 1) - (B_w + log2 R + 1)``."""
+    """Full adders of one column's tree: ``R (B + 1) - (B + log2 R + 1)`` for products of B bits.
+
+    B is B_w if activations come bit by bit (the specification's formula), B_w + b_c else.
+    """
     depth = int(math.log2(hardware.rows))
-    return hardware.rows * (hardware.weight_bits + 1) - (hardware.weight_bits + depth + 1)
+    bits = hardware.bits_per_cycle
+    width = hardware.weight_bits + (bits if bits > 1 else 0)
+    return hardware.rows * (width + 1) - (width + depth + 1)
 
 
 def total(parts: Mapping[str, Size]) -> Size:
@@ -242,10 +255,9 @@ def total(parts: Mapping[str, Size]) -> Size:
 
 
 def _largest(one: Size, other: Size) -> Size:
-    if isinstance(one, (int, float)) and isinstance(other, (int, float)):
-        return max(one, other)
-    if isinstance(one, np.ndarray) or isinstance(other, np.ndarray):
+    """The larger of two numbers, elementwise for arrays, as an expression for expressions."""
+    if any(isinstance(value, sympy.Expr) for value in (one, other)):
+        return cast(Any, sympy.Max)(one, other)
+    if any(isinstance(value, np.ndarray) for value in (one, other)):
         return np.maximum(one, other)
-    import sympy  # pyright: ignore[reportMissingTypeStubs]
-
-    return sympy.Max(one, other)
+    return max(one, other)

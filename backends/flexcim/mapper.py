@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -15,6 +15,12 @@ from fxgraft.errors import InputError
 
 Objective = Literal["latency", "energy", "edp"]
 Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
+
+_KEYS: dict[str, Callable[[Array, Array], list[Array]]] = {
+    "latency": lambda cycles, joules: [cycles, joules],
+    "energy": lambda cycles, joules: [joules, cycles],
+    "edp": lambda cycles, joules: [cycles * joules, cycles],
+}
 
 
 @dataclass(frozen=True)
@@ -43,15 +49,30 @@ def layouts(hardware: Hardware, gemm: Gemm, *, streamed: bool = False) -> list[L
     """All layouts of a product, larger merge factors first.
 
     A sparse product may also be stored dense; hardware without selectors stores everything so.
+    Weights that stay in their macros are stored in as few of them as possible.
     """
     patterns = [DENSE] if hardware.cell == "dense" else [gemm.pattern]
     if gemm.pattern.is_sparse and hardware.cell != "dense":
         patterns.append(DENSE)
-    return [
+    found = [
         Layout(hardware, gemm, pattern, merge, streamed)
         for pattern in patterns
         for merge in reversed(hardware.merge_factors)
     ]
+    if found[0].pinned:
+        fewest = min(layout.tiles for layout in found)
+        found = [layout for layout in found if layout.tiles == fewest]
+    return found
+
+
+def check_objective(objective: str) -> None:
+    """Refuse an unknown objective.
+
+    Raises:
+        InputError: lists the known ones.
+    """
+    if objective not in _KEYS:
+        raise InputError(f"objective {objective!r} is unknown", f"give one of: {', '.join(_KEYS)}")
 
 
 def map_gemm(
@@ -78,30 +99,24 @@ def map_gemm(
     points = np.atleast_1d(np.asarray(tokens, np.float64))
     if not (points >= 1).all():
         raise InputError(f"field 'tokens' is {points.min():g}", "give at least 1 token")
-    if objective not in _KEYS:
-        raise InputError(f"objective {objective!r} is unknown", f"give one of: {', '.join(_KEYS)}")
+    check_objective(objective)
     found = layouts(hardware, gemm, streamed=streamed)
-    cycles = np.stack([np.broadcast_to(layout.cycles(points), points.shape) for layout in found])
     energies = [layout.energy(points) for layout in found]
-    joules = np.stack([np.broadcast_to(total(energy), points.shape) for energy in energies])
+    cycles = _stack((layout.cycles(points) for layout in found), points)
+    joules = _stack((total(energy) for energy in energies), points)
     chosen = _first_least(_KEYS[objective](cycles, joules))
     every = np.arange(len(points))
     return Mapped(
         tuple(found[index] for index in chosen),
         cycles[chosen, every],
-        {
-            part: np.stack([np.broadcast_to(e[part], points.shape) for e in energies])[chosen, every]
-            for part in PARTS
-        },
-        np.stack([layout.off_chip_bytes(points) for layout in found])[chosen, every],
-    )  # fmt: skip
+        {part: _stack((e[part] for e in energies), points)[chosen, every] for part in PARTS},
+        _stack((layout.off_chip_bytes(points) for layout in found), points)[chosen, every],
+    )
 
 
-_KEYS: dict[str, Callable[[Array, Array], list[Array]]] = {
-    "latency": lambda cycles, joules: [cycles, joules],
-    "energy": lambda cycles, joules: [joules, cycles],
-    "edp": lambda cycles, joules: [cycles * joules, cycles],
-}
+def _stack(values: Iterable[Any], points: Array) -> Array:
+    """[candidates, points] of numbers or arrays."""
+    return np.stack([np.broadcast_to(value, points.shape) for value in values])
 
 
 def _first_least(

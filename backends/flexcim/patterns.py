@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -111,7 +112,7 @@ def check_mask(kept: Tensor, pattern: Pattern, node: str = "") -> None:
     counts = _groups(kept, pattern.m).sum(-1)
     wrong = (counts > pattern.n).nonzero()
     if len(wrong):
-        row, group = wrong[0].tolist()
+        row, group = (int(place) for place in wrong[0])
         raise LoweringError(
             f"{_of(node)}row {row}, group {group} keeps {int(counts[row, group])} weights, "
             f"more than pattern {pattern} allows",
@@ -119,30 +120,31 @@ def check_mask(kept: Tensor, pattern: Pattern, node: str = "") -> None:
         )
 
 
-def detect(kept: Tensor) -> Pattern:
-    """The sparsest pattern that a mask obeys, the narrowest M among equals.
+def most_kept(kept: Tensor) -> dict[int, int]:
+    """The most weights that any group of M keeps, for each M up to 32 that divides K.
 
     Args:
         kept: bool [O, K].
-
-    Returns:
-        ``DENSE`` if no pattern with M up to 32 and M dividing K saves anything.
     """
-    best = DENSE
+    found: dict[int, int] = {}
     for m in _WIDTHS:
         if kept.shape[1] % m:
             break
-        n = max(int(_groups(kept, m).sum(-1).max()), 1)
-        if n / m < best.density:
-            best = Pattern(n, m)
+        found[m] = int(_groups(kept, m).sum(-1).max())
+    return found
+
+
+def sparsest(most: Mapping[int, int]) -> Pattern:
+    """The sparsest pattern that a mask obeys, the narrowest M among equals; else ``DENSE``.
+
+    Args:
+        most: see ``most_kept``.
+    """
+    best = DENSE
+    for m, n in most.items():
+        if max(n, 1) / m < best.density:
+            best = Pattern(max(n, 1), m)
     return best
-
-
-def fits(kept: Tensor, pattern: Pattern) -> bool:
-    """Whether a mask obeys a pattern."""
-    return kept.shape[1] % pattern.m == 0 and bool(
-        (_groups(kept, pattern.m).sum(-1) <= pattern.n).all()
-    )
 
 
 def slots(kept: Tensor, pattern: Pattern) -> Tensor:

@@ -6,7 +6,7 @@ time of ``aten.linear``, which packs anew each time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -15,20 +15,25 @@ from torch.fx import GraphModule, Node
 
 from fxgraft import graph as graphs
 from fxgraft.kernels.spec import argument
+from fxgraft.paged_model import RunPages
 
 aten = torch.ops.aten
 # The rows that weights are packed for; any other number is computed too.
 _ROWS = 8
 
 
-def packed_runner(module: GraphModule) -> Callable[[Sequence[Tensor]], Tensor]:
+def packed_runner(module: GraphModule) -> RunPages:
     """A function that runs a graph of one output with packed weights; the graph is changed."""
     if torch.backends.mkldnn.is_available():
         for node in list(module.graph.nodes):
             if node.target is aten.linear.default and _is_packable(module, node):
                 _pack(module, node)
         graphs.finish(module)
-    return lambda values: module(*values)[0]
+
+    def run(values: Sequence[Tensor], *, fresh: bool) -> Tensor:
+        return module(*values)[0]
+
+    return run
 
 
 def _is_packable(module: GraphModule, node: Node) -> bool:
@@ -48,7 +53,7 @@ def _pack(module: GraphModule, node: Node) -> None:
         module.register_buffer(name, packed, persistent=False)
     with module.graph.inserting_before(node):
         read = module.graph.get_attr(name)
-        args = (x, read, argument(node, "bias"), "none", [], "")
+        args: Any = (x, read, argument(node, "bias"), "none", [], "")
         call = module.graph.call_function(torch.ops.mkldnn._linear_pointwise.default, args)
     node.replace_all_uses_with(call)
     module.graph.erase_node(node)

@@ -14,8 +14,9 @@ from torch import Tensor
 from fxgraft import graph as graphs
 from fxgraft.backend import Backend, Compiled
 from fxgraft.backends.triton.cuda_graphs import GraphCapture
-from fxgraft.backends.triton.fuse import fuse
+from fxgraft.backends.triton.fuse import fused
 from fxgraft.backends.triton.step_model import PagedStepModel
+from fxgraft.collectives import require_group
 from fxgraft.errors import InputError, LoweringError
 from fxgraft.generation import StepModel
 from fxgraft.kernels.spec import spec_of
@@ -69,6 +70,7 @@ class TritonBackend(Backend):
         if program.device != torch.device(chosen.device):
             program = program.copy()
             move(program, chosen.device)
+        require_group(program)
         return TritonCompiled(program, chosen)
 
     def check_options(self, options: Mapping[str, Any]) -> TritonOptions:
@@ -107,11 +109,14 @@ class TritonCompiled(Compiled):
 
     def lower_pages(self, paged: PagedProgram) -> RunPages:
         """Fuse what has fused kernels."""
-        module = paged.program.copy().graph_module
-        fuse(module)
+        module, fresh_module = (fused(paged, fresh=fresh) for fresh in (False, True))
         calls = [node for node in module.graph.nodes if node.op == "call_function"]
         self._fused = Counter(graphs.short_target(node) for node in calls)
-        return lambda values: module(*values)[0]
+
+        def run(values: Sequence[Tensor], *, fresh: bool) -> Tensor:
+            return (fresh_module if fresh else module)(*values)[0]
+
+        return run
 
     def row_bucket(self, rows: int) -> int:
         """1, 2, 4, 8, then multiples of 8, from 64 on multiples of 16."""

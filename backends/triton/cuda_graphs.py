@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ class GraphCapture:
     """
 
     def __init__(self) -> None:
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None
 
     def __call__(self, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """Capture; the result's tensor is overwritten by each call."""

@@ -16,20 +16,30 @@ from torch.fx import GraphModule, Node
 
 from fxgraft import graph as graphs
 from fxgraft.kernels.spec import argument, dims, set_argument
+from fxgraft.paging import PagedProgram
 
 aten = torch.ops.aten
 fx = torch.ops.fxgraft
 
 
-def fuse(module: GraphModule) -> None:
-    """Apply the fusions in place."""
+def fused(paged: PagedProgram, *, fresh: bool) -> GraphModule:
+    """A paged graph with its fusions applied.
+
+    Args:
+        paged: is not changed; weights are shared.
+        fresh: for rows without a past: attention is told so.
+    """
+    module = paged.program.copy().graph_module
     with graphs.no_collection():
         for node in list(module.graph.nodes):
             if node.target is aten.linear.default and _has_weight(node):
                 _fuse_linear(node)
             elif node.target is fx.paged_attention.default:
                 _fuse_rotary(node)
+                if fresh:
+                    set_argument(node, "longest_past", 0)
         graphs.finish(module)
+    return module
 
 
 def _has_weight(node: Node) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -38,7 +39,7 @@ class Config:
     prefetch: int = 0
 
 
-TABLE = TunedTable("fused_linear", Config)
+TABLE = TunedTable("fused_linear", Config, Path(__file__).parent / "tuned.json")
 
 
 def bucket_of(rows: int) -> int:

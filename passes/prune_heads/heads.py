@@ -25,6 +25,7 @@ from fxgraft.program import Program
 
 aten = torch.ops.aten
 _LINEARS = (aten.linear.default, aten.addmm.default)
+_SPLITS = frozenset({"aten::split", "aten::split_with_sizes", "aten::chunk"})
 # One size per dynamic dimension is enough to run data movements on numbers.
 _ROWS = 1
 
@@ -130,8 +131,38 @@ def _boundary(value: Node) -> tuple[Node, int]:
     while True:
         previous = _same_heads(node, axis)
         if previous is None:
-            return node, axis
+            if _is_only_way(node, value):
+                return node, axis
+            # One of several parts of every head, such as the rotated channels.
+            previous = _part_of_heads(node, axis)
+        if previous is None:
+            raise refuse(value, "its heads come from several projections")
         node, axis = previous
+
+
+def _is_only_way(node: Node, value: Node) -> bool:
+    """Whether ``value`` depends on projections through ``node`` alone."""
+    pending, seen = [value], {node}
+    while pending:
+        source = pending.pop()
+        if source.target in _LINEARS:
+            return False
+        if source not in seen:
+            seen.add(source)
+            pending.extend(source.all_input_nodes)
+    return True
+
+
+def _part_of_heads(node: Node, axis: int) -> tuple[Node, int] | None:
+    """What ``node`` takes some channels or positions of, with the same heads; None for others."""
+    source, at = node, 1
+    if op_name(node) == "getitem":
+        source, at = node.all_input_nodes[0], 2
+    if op_name(source) == "aten::slice" or op_name(source) in _SPLITS:
+        whole = source.all_input_nodes[0]
+        dim = source.args[at] if len(source.args) > at else source.kwargs.get("dim", 0)
+        return None if cast(int, dim) % len(dims(whole)) == axis else (whole, axis)
+    return None
 
 
 def _same_heads(node: Node, axis: int) -> tuple[Node, int] | None:

@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from fxgraft import graph as graphs
 from fxgraft.collectives import Share
-from fxgraft.errors import InputError, PassError
+from fxgraft.errors import GraphError, InputError, PassError
 from fxgraft.kernels.spec import argument, dims
 from fxgraft.passes.prune_heads import structure
 from fxgraft.passes.prune_heads.heads import Heads, heads_of
@@ -97,6 +97,9 @@ def _attempt(
             structure.remove(program, heads, set(range(heads.query_heads)) - set(kept))
         except PassError as error:
             return outputs, {index: _reason(error)}
+        except GraphError as error:
+            what = error.problem.splitlines()[0]
+            return outputs, {index: f"something in it needs all heads ({what})"}
         outputs.add(heads.output.weight)
     return outputs, None
 

@@ -21,13 +21,8 @@ from fxgraft.kernels.spec import dims, spec_of
 from fxgraft.layers import Layer
 from fxgraft.operators import operator_of
 from fxgraft.passes.prune_heads.heads import moved_numbers, moves_data, op_name
-from fxgraft.passes.shard.linears import (
-    Linear,
-    finish_row_parallel,
-    keep_columns,
-    keep_rows,
-    linear_of,
-)
+from fxgraft.passes.shard.experts import free, with_bias
+from fxgraft.passes.shard.linears import Linear, keep_rows, linear_of, row_parallel
 from fxgraft.program import Program
 
 aten = torch.ops.aten
@@ -95,13 +90,13 @@ def _mixer_outputs(layer: Layer) -> set[str]:
 
 
 def _find(node: Node) -> Mlp | None:
-    down = linear_of(node)
+    down = linear_of(with_bias(node))
     if down is None or not dims(down.source)[-1].is_Integer:
         return None
     mlp = Mlp(down, int(dims(down.source)[-1]))  # pyright: ignore[reportArgumentType]
     if not _walk(mlp) or not mlp.leaves:
         return None
-    inside = {*mlp.middle, down.node}
+    inside = {*mlp.middle, down.node, down.product}
     is_closed = all(user in inside or not _is_read(user) for n in mlp.middle for user in n.users)
     return mlp if is_closed else None
 
@@ -181,7 +176,9 @@ def _shard(program: Program, mlp: Mlp, share: Share) -> None:
     count = mlp.channels // share.size
     kept = slice(share.rank * count, (share.rank + 1) * count)
     middle = set(mlp.middle)
-    inside = {*middle, mlp.down.node}
+    inside = {*middle, mlp.down.node, mlp.down.product}
+    for linear in (mlp.down, *(leaf.linear for leaf in mlp.leaves)):
+        free(linear.node)
     for leaf in mlp.leaves:
         _replace(leaf.boundary, _local(program, leaf, leaf.rows[kept]), inside)
     for constant in mlp.constants:
@@ -192,11 +189,9 @@ def _shard(program: Program, mlp: Mlp, share: Share) -> None:
         if node in middle:
             _set_width(node, mlp.channels, count)
             node.meta["val"] = graphs.evaluate(node)
-    local = linear_of(mlp.down.node)
-    assert local is not None
-    down = keep_columns(program, local, torch.arange(kept.start, kept.stop))
-    mlp.down.node.replace_all_uses_with(down)
-    finish_row_parallel(down, share)
+    down = linear_of(mlp.down.node)
+    assert down is not None
+    row_parallel(program, down, torch.arange(kept.start, kept.stop), share)
 
 
 def _replace(old: Node, new: Node, users: set[Node]) -> None:

@@ -52,18 +52,21 @@ class Shard(Pass):
         return self if self.size == 1 else Shard(size=1)
 
     def precheck(self, program: Program) -> None:
-        """Refuse a size that the model cannot be divided by, and a rank that cannot be known."""
+        """Refuse a rank that cannot be known; passes before this one may change the model."""
+        if self.size > 1:
+            find_share(self.size, self.rank, self.group)
+
+    def run(self, program: Program) -> list[str]:
+        """Keep this process's share.
+
+        Raises:
+            InputError: the heads, or the tokens where they are to be split, cannot be divided.
+        """
         if self.size == 1:
-            return
-        find_share(self.size, self.rank, self.group)
+            return ["one process: nothing to divide"]
         check_divisible(program, self.size)
         if self.vocabulary == "split":
             find_vocabulary(program, self.size)
-
-    def run(self, program: Program) -> list[str]:
-        """Keep this process's share."""
-        if self.size == 1:
-            return ["one process: nothing to divide"]
         return self._cut(program, find_share(self.size, self.rank, self.group))
 
     def _cut(self, program: Program, share: Share) -> list[str]:
@@ -80,8 +83,9 @@ class Shard(Pass):
         lines = [
             f"rank {share.rank} of {share.size}: {len(outputs)} attentions and {mlps} MLPs divided",
             f"vocabulary {tokens}",
+            f"each process sends {collectives.sent_bytes(program)} bytes per run",
         ]
-        lines += [f"attention of {name} is whole: {why}" for name, why in _alike(refused).items()]
+        lines += _alike(refused)
         if uneven:
             lines.append(f"{uneven} MLPs are whole: {share.size} does not divide their width")
         whole = _whole(program, cut)
@@ -117,9 +121,12 @@ class Shard(Pass):
         return program
 
 
-def _alike(reasons: Mapping[str, str]) -> dict[str, str]:
-    """Modules that differ in numbers only, and have the same reason, as one."""
-    return {_pattern(name): why for name, why in reasons.items()}
+def _alike(reasons: Mapping[str, str]) -> list[str]:
+    """One line for all modules that differ in numbers only and have the same reason."""
+    counts = Counter((_pattern(name), why) for name, why in reasons.items())
+    return [
+        f"attention of {name} is whole ({count}): {why}" for (name, why), count in counts.items()
+    ]
 
 
 def _pattern(path: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,10 @@ from torch import Tensor
 from fxgraft import interpreter
 from fxgraft.collectives import ops
 from fxgraft.program import Program
+
+StandIns = Mapping[Any, Callable[..., Any]]
+"""What a rank calls instead of each collective."""
+Result = TypeVar("Result")
 
 
 def run_ranks(
@@ -35,21 +39,37 @@ def run_ranks(
     Raises:
         GraphError: an operator of some rank fails; names the node.
     """
-    meeting = _Meeting(len(programs))
 
-    def run(rank: int) -> dict[str, Tensor]:
-        stand_ins = meeting.stand_ins(rank)
+    def run(rank: int, stand_ins: StandIns) -> dict[str, Tensor]:
         store = kept[rank] if kept else None
+        return interpreter.run(
+            programs[rank], inputs[rank], verify=verify, kept=store, stand_ins=stand_ins
+        )
+
+    return together(len(programs), run)
+
+
+def together(size: int, work: Callable[[int, StandIns], Result]) -> list[Result]:
+    """Do something on every rank at once, each in a thread of its own.
+
+    Args:
+        size: number of ranks.
+        work: given a rank and what it is to call instead of the collectives.
+
+    Raises:
+        Exception: what the rank that failed first raised.
+    """
+    meeting = _Meeting(size)
+
+    def run(rank: int) -> Result:
         try:
-            return interpreter.run(
-                programs[rank], inputs[rank], verify=verify, kept=store, stand_ins=stand_ins
-            )
+            return work(rank, meeting.stand_ins(rank))
         except BaseException:
             meeting.abort()
             raise
 
-    with ThreadPoolExecutor(len(programs)) as pool:
-        futures = [pool.submit(run, rank) for rank in range(len(programs))]
+    with ThreadPoolExecutor(size) as pool:
+        futures = [pool.submit(run, rank) for rank in range(size)]
     errors = [error for future in futures if (error := future.exception()) is not None]
     if errors:
         # A rank that failed makes the others fail at their next collective.
@@ -71,8 +91,8 @@ class _Meeting:
     def abort(self) -> None:
         self._barrier.abort()
 
-    def stand_ins(self, rank: int) -> dict[Any, Callable[..., Any]]:
-        """What a rank calls instead of the collectives."""
+    def stand_ins(self, rank: int) -> StandIns:
+        """For one rank."""
 
         def all_reduce(value: Tensor, operation: str, group: object) -> Tensor:
             assert operation == "sum"

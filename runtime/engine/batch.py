@@ -85,7 +85,8 @@ class Batch:
     def leave(self, request: Request) -> None:
         """Remove a request; the last row takes its place."""
         row, last = request.row, len(self.requests) - 1
-        assert row is not None and self.requests[row] is request
+        assert row is not None
+        assert self.requests[row] is request
         self.flush()
         moved = self.requests.pop()
         request.row = None
@@ -200,7 +201,7 @@ def table_of(holding: Holding) -> list[Any]:
 
 def upload(values: Any, device: torch.device) -> Tensor:
     """An array on the device, without waiting for it."""
-    tensor = torch.from_numpy(np.ascontiguousarray(values))
+    tensor = torch.as_tensor(np.ascontiguousarray(values))
     if device.type == "cpu":
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)

@@ -11,22 +11,23 @@ from typing import Any
 import torch
 
 from fxgraft.backend import Compiled
+from fxgraft.collectives import random_seed
 from fxgraft.errors import Error, InputError
 from fxgraft.generation.options import SamplingOptions
 from fxgraft.generation.stopping import StopStringMatcher
 from fxgraft.generation.text import Vocabulary
 from fxgraft.paged_model import PagedModel
-from fxgraft.runtime.engine import conversion
 from fxgraft.runtime.engine.batch import Batch
+from fxgraft.runtime.engine.conversion import Conversion, places
 from fxgraft.runtime.engine.failures import as_error, not_finite
-from fxgraft.runtime.engine.memory import StateMemory
+from fxgraft.runtime.engine.memory import Holding, StateMemory
 from fxgraft.runtime.engine.options import EngineOptions
 from fxgraft.runtime.engine.pending import Pending, override_sampled
 from fxgraft.runtime.engine.policy import LayerPolicy
 from fxgraft.runtime.engine.prefill import Prefill
 from fxgraft.runtime.engine.prefix import seed_key
 from fxgraft.runtime.engine.request import OnTokens, Request
-from fxgraft.runtime.engine.setup import build_model, check_request
+from fxgraft.runtime.engine.setup import Limits, build_model
 from fxgraft.runtime.engine.stats import Counters, EngineStats
 from fxgraft.stepping import ProgramFacts
 
@@ -74,7 +75,6 @@ class Engine:
             compiled.row_bucket,
             compiled.capture_step,
         )
-        self.policy = policy
         self.counters = Counters()
         self.waiting: deque[Request] = deque()
         self.prefill = Prefill(self.model, self.memory, self.options)
@@ -83,6 +83,8 @@ class Engine:
         self._pending: deque[Pending] = deque()
         self._vocabulary = None if tokenizer is None else Vocabulary(tokenizer)
         self._numbers = itertools.count()
+        self._limits = Limits(self.facts.vocab_size, self.max_context, self.model.paged)
+        self._conversion = None if policy is None else Conversion(policy, self.batch, self.memory)
 
     def submit(
         self,
@@ -109,13 +111,15 @@ class Engine:
         if sampling.eos_token_id is None:
             sampling = sampling.model_copy(update={"eos_token_id": self.facts.eos_token_ids})
         given = dict(inputs or {})
-        check_request(self, prompt, sampling, given)
+        self._limits.check(prompt, sampling, given)
         request = Request(
             f"request-{number}", tuple(prompt), sampling, given, on_tokens, order=number
         )
         request.choices = dict.fromkeys(self.model.paged.choices, 0)
         if sampling.do_sample:
-            seed = sampling.seed if sampling.seed is not None else int(torch.randint(2**62, ()))
+            seed = sampling.seed
+            if seed is None:
+                seed = random_seed(self.model.paged.program)
             request.generator = torch.Generator().manual_seed(seed)
         if sampling.stop_strings:
             if self._vocabulary is None:
@@ -211,12 +215,12 @@ class Engine:
         for name, options in self.model.paged.choices.items():
             for option, ops in enumerate(options):
                 if option != request.choices[name]:
-                    for group, place in conversion.places(self.model.paged, ops):
+                    for group, place in places(self.model.paged, ops):
                         self.memory.drop_op(request.holding, group, place)
 
     def _change_ops(self) -> None:
-        if self.policy is not None and self.batch.count:
-            conversion.apply(self)
+        if self._conversion is not None and self.batch.count:
+            self._conversion.apply(queued=len(self.waiting))
 
     def _take_in(self) -> None:
         """Take in a chunk of prompts; requests whose prompt is complete begin to generate."""
@@ -262,20 +266,24 @@ class Engine:
                 continue
             assert request.holding is not None
             self.memory.trim(request.holding, request.past)
-            self._free_for(request, request.past + 1)
-            if request.row is not None and request.holding is not None:
+            if self._free_for(request, request.holding, request.past + 1):
                 added = self.memory.grow(request.holding, request.past + 1)
                 if added:
                     self.batch.grew(request, added)
 
-    def _free_for(self, request: Request, tokens: int) -> None:
-        """Free memory until a running request can have this many tokens, or has lost its own."""
-        while request.holding is not None and not self.memory.can_grow(request.holding, tokens):
+    def _free_for(self, request: Request, holding: Holding, tokens: int) -> bool:
+        """Free memory until a running request can have this many tokens.
+
+        Returns:
+            False if it has ended, or lost its own state.
+        """
+        while request.holding is holding and not self.memory.can_grow(holding, tokens):
             if self._pending:
                 # Requests may turn out to have ended.
                 self._collect(keep=0)
             else:
                 self._preempt(max(self.batch.requests, key=lambda r: r.order))
+        return request.row is not None
 
     def _preempt(self, request: Request) -> None:
         """Take a request's state; it waits in front of all others and is computed again."""

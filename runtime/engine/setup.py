@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from fxgraft.backend import Compiled
+from fxgraft.collectives import smallest
 from fxgraft.errors import InputError
 from fxgraft.generation.options import SamplingOptions
 from fxgraft.paged_model import PagedModel
@@ -17,9 +17,6 @@ from fxgraft.runtime.engine.memory import StateMemory, block_counts
 from fxgraft.runtime.engine.options import EngineOptions
 from fxgraft.state import insert_state
 from fxgraft.stepping import check_steps
-
-if TYPE_CHECKING:
-    from fxgraft.runtime.engine.engine import Engine
 
 _CPU_BYTES = 2**30
 _GPU_SHARE = 0.9
@@ -78,40 +75,51 @@ def _memory(paged: PagedProgram, options: EngineOptions) -> int:
     if paged.program.device.type != "cuda":
         return _CPU_BYTES
     free, _ = torch.cuda.mem_get_info(paged.program.device)
-    return int(free * _GPU_SHARE)
+    return smallest(paged.program, int(free * _GPU_SHARE))
 
 
-def check_request(
-    engine: Engine,
-    prompt: Sequence[int],
-    sampling: SamplingOptions,
-    inputs: Mapping[str, float],
-) -> None:
-    """Refuse a request that can never be served.
+@dataclass(frozen=True)
+class Limits:
+    """What an engine can serve.
 
-    Raises:
-        InputError: names what is wrong and what is allowed.
+    Attributes:
+        vocab_size: of the model.
+        max_context: most tokens of prompt and answer together.
+        paged: describes the inputs.
     """
-    if not prompt:
-        raise InputError("the prompt is empty", "give at least one token")
-    low, high = min(prompt), max(prompt)
-    if low < 0 or high >= engine.facts.vocab_size:
-        raise InputError(
-            f"token id {low if low < 0 else high} is outside the vocabulary of "
-            f"{engine.facts.vocab_size}",
-            "use the tokenizer that belongs to this model",
-        )
-    if len(prompt) + sampling.max_new_tokens > engine.max_context:
-        raise InputError(
-            f"the prompt has {len(prompt)} tokens, with max_new_tokens={sampling.max_new_tokens} "
-            f"that is over the context of {engine.max_context}",
-            "shorten the prompt or ask for fewer tokens",
-        )
-    paged = engine.model.paged
-    known = {spec.name for spec in paged.request_inputs} - set(paged.choices)
-    unknown = sorted(set(inputs) - known)
-    if unknown:
-        raise InputError(
-            f"this model has no per-request input {unknown[0]!r}",
-            f"it has: {', '.join(sorted(known)) or 'none'}",
-        )
+
+    vocab_size: int
+    max_context: int
+    paged: PagedProgram
+
+    def check(
+        self, prompt: Sequence[int], sampling: SamplingOptions, inputs: Mapping[str, float]
+    ) -> None:
+        """Refuse a request that can never be served.
+
+        Raises:
+            InputError: names what is wrong and what is allowed.
+        """
+        if not prompt:
+            raise InputError("the prompt is empty", "give at least one token")
+        low, high = min(prompt), max(prompt)
+        if low < 0 or high >= self.vocab_size:
+            raise InputError(
+                f"token id {low if low < 0 else high} is outside the vocabulary of "
+                f"{self.vocab_size}",
+                "use the tokenizer that belongs to this model",
+            )
+        if len(prompt) + sampling.max_new_tokens > self.max_context:
+            raise InputError(
+                f"the prompt has {len(prompt)} tokens, with "
+                f"max_new_tokens={sampling.max_new_tokens} that is over the context of "
+                f"{self.max_context}",
+                "shorten the prompt or ask for fewer tokens",
+            )
+        known = {spec.name for spec in self.paged.request_inputs} - set(self.paged.choices)
+        unknown = sorted(set(inputs) - known)
+        if unknown:
+            raise InputError(
+                f"this model has no per-request input {unknown[0]!r}",
+                f"it has: {', '.join(sorted(known)) or 'none'}",
+            )

@@ -3,27 +3,45 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from fxgraft.runtime.hermes.log import Rows
 from fxgraft.runtime.hermes.request import Request
+from fxgraft.runtime.hermes.sharing import FairShare
 from fxgraft.runtime.hermes.stages import Stage
 
 STEP_COLUMNS = (
     "client", "start", "end", "steps", "first_seconds", "slope", "prefill_requests",
-    "prefill_tokens", "decodes", "context", "waiting", "blocks", "joules", "clock",
+    "prefill_tokens", "decodes", "context", "waiting", "blocks", "joules", "gap", "older",
 )  # fmt: skip
-"""A row is one step, or several alike: ``steps`` decode steps, each ``slope`` seconds longer."""
+"""A row is one step, or several decode steps, each ``slope`` seconds longer than the one before.
+
+Clients other than those of language models count the requests of a step as ``prefill_requests``.
+``gap`` is the time between the last decode step of the client and the first of this row, and
+``older`` the number of queries that took part in both.
+"""
+GAP_COLUMNS = ("client", "seconds", "queries")
+"""Gaps between tokens that no step row has: the first after a prompt, a move or a preemption."""
+BREAK_COLUMNS = ("request", "client", "stopped", "resumed", "recomputed")
+"""Preemptions of decodes; one that recomputes emits a token when it resumes."""
 
 
 class Hub(Protocol):
     """What a client needs of the coordinator."""
 
     steps: Rows
+    gaps: Rows
+    breaks: Rows
+    share: FairShare
 
     def schedule(self, client: Client, time: float) -> None:
         """Have ``client.on_step`` called at a time; replaces what was scheduled before."""
+        ...
+
+    def call(self, time: float, callback: Callable[[float], None]) -> None:
+        """Have a function called with the time at a time."""
         ...
 
     def finish_stage(self, request: Request, now: float) -> None:
@@ -50,48 +68,60 @@ class Place:
 class Client(ABC):
     """Base of all clients.
 
-    Attributes:
-        index: position among the system's clients; breaks ties.
+    Args:
         name: unique name.
         place: node and rack.
-        epoch: number of the valid step event; older ones are stale.
-        busy_seconds: time spent in steps.
-        step_joules: energy of its steps.
         idle_watts: drawn outside steps.
-        served: stages that it finished.
         dollars_per_hour: price of the hardware.
+
+    Attributes:
+        index: position among the system's clients; breaks ties.
+        hub: the coordinator.
+        epoch: number of the valid step event; older ones are stale.
+        busy_seconds: time spent in steps, of all servers together.
+        step_joules: energy of its steps.
+        served: stages that it finished.
+        assigned: requests that were routed here and have not left.
+        servers: steps that can run at one time.
         marked_steps: steps outside the validity of their cost table.
+        kv_bytes: keys and values per token, for transfers.
+        vector_bytes: of a query's embedding, for transfers.
     """
 
     kind = ""
 
     def __init__(
         self,
-        index: int,
         name: str,
-        hub: Hub,
         *,
-        place: Place,
+        place: Place | None = None,
         idle_watts: float = 0.0,
         dollars_per_hour: float = 0.0,
     ) -> None:
-        self.index = index
+        self.index = -1
         self.name = name
-        self.hub = hub
-        self.place = place
+        self.place = place or Place()
         self.idle_watts = idle_watts
         self.dollars_per_hour = dollars_per_hour
         self.epoch = 0
         self.busy_seconds = 0.0
         self.step_joules = 0.0
         self.served = 0
-        self.marked_steps = 0
         self.assigned = 0
         self.servers = 1
+        self.marked_steps = 0
+        self.kv_bytes = 0.0
+        self.vector_bytes = 0.0
+        self.hub: Hub
+
+    def attach(self, index: int, hub: Hub) -> None:
+        """Join a system."""
+        self.index = index
+        self.hub = hub
 
     @abstractmethod
-    def accepts(self, stage: Stage, request: Request) -> bool:
-        """Whether it can run a stage of a request."""
+    def accepts(self, stage: Stage, model: str) -> bool:
+        """Whether it can run a stage of a request for a model."""
 
     @abstractmethod
     def submit(self, request: Request, now: float) -> None:
@@ -106,18 +136,22 @@ class Client(ABC):
         """Take a request that still waits out of the queue; False if it has started."""
 
     @abstractmethod
+    def waiting_for(self) -> str:
+        """What keeps its requests from running, for the report of a stall; "" if nothing waits."""
+
     def load(self, measure: str, now: float) -> float:
         """Load under one of the measures of ``routing``; what is on its way here included."""
-
-    @abstractmethod
-    def waiting_for(self) -> str:
-        """What keeps its requests from running, for the report of a stall."""
+        return self.assigned
 
     def expect(self, request: Request) -> None:
         """A request was routed here and is on its way."""
         self.assigned += 1
 
-    def release(self, request: Request) -> None:
+    def forget(self, request: Request) -> None:
+        """A request that was expected, or withdrawn, will not run here."""
+        self.assigned -= 1
+
+    def release(self, request: Request, now: float) -> None:
         """The KV of a request that was handed over has left."""
 
     def stop(self, now: float) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from typing import Any
 
-ARRIVAL, RELEASE, TIMEOUT, FLOW, STEP = 0, 1, 2, 3, 4
+ARRIVAL, TIMEOUT, FLOW, CALL, STEP = 0, 1, 2, 3, 4
 """Kinds in the order in which they happen at one time: arrivals before steps."""
 
 Event = tuple[float, int, int, Any, Any]

@@ -1,18 +1,19 @@
-"""Rows of numbers that grow: appended as tuples, kept as compact columns."""
+"""Rows of numbers that grow: packed as they come, kept as compact columns."""
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[np.float64]
-_CHUNK = 1 << 15
+_CHUNK = 1 << 14
 
 
 class Rows:
-    """A growing table of floats.
+    """A growing table of float64.
 
     Args:
         columns: their names.
@@ -29,26 +30,30 @@ class Rows:
     ) -> None:
         self.columns = columns
         self.keep = keep
+        self.reduce = reduce
         self.wanted = keep or reduce is not None
-        self._reduce = reduce
-        self._pending: list[tuple[float, ...]] = []
+        self._pack = struct.Struct(f"{len(columns)}d").pack
+        self._limit = _CHUNK * 8 * len(columns)
+        self._pending = bytearray()
         self._chunks: list[Array] = []
 
     def append(self, row: tuple[float, ...]) -> None:
         """Add one row."""
-        pending = self._pending
-        pending.append(row)
-        if len(pending) >= _CHUNK:
-            self.flush()
+        if self.wanted:
+            pending = self._pending
+            pending += self._pack(*row)
+            if len(pending) >= self._limit:
+                self.flush()
 
     def flush(self) -> None:
-        """Turn pending tuples into an array."""
+        """Turn pending rows into an array."""
         if not self._pending:
             return
-        chunk = np.array(self._pending, dtype=np.float64)
+        chunk = np.frombuffer(bytes(self._pending), dtype=np.float64)
+        chunk = chunk.reshape(-1, len(self.columns))
         self._pending.clear()
-        if self._reduce is not None:
-            self._reduce(chunk)
+        if self.reduce is not None:
+            self.reduce(chunk)
         if self.keep:
             self._chunks.append(chunk)
 

@@ -8,14 +8,17 @@ while a transfer could use it; without, each has the whole path for itself.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable
+from collections import deque
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from fxgraft.runtime.hermes.client import Client
 from fxgraft.runtime.hermes.log import Rows
+from fxgraft.runtime.hermes.request import Request
 
 FLOW_COLUMNS = ("request", "source", "target", "start", "end", "bytes")
+Ends = tuple[Hashable, Hashable]
+"""A link in one direction, by its two ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,33 +37,27 @@ class Level:
 
 @dataclass(frozen=True, slots=True)
 class Path:
-    """Links from client to client: their names, and what they do together."""
+    """Ends from client to client: their names, and what they do together."""
 
-    links: tuple[Hashable, ...]
+    links: tuple[Ends, ...]
     rate: float
     latency: float
-
-
-@dataclass(slots=True, eq=False)
-class Flow:
-    """A transfer under way: bytes left as of ``since``."""
-
-    subject: Any
-    path: Path
-    left: float
-    since: float
-    rate: float = 0.0
-    epoch: int = 0
 
 
 class Network:
     """Finds paths and times transfers.
 
     Args:
-        inside_node, node_to_node, rack_to_rack: links by distance; None where there is none.
-        direct: links between two named clients, before all others.
+        inside_node, node_to_node, rack_to_rack: links by distance; None where there is none. The
+            latency of a level is that of the whole way.
+        direct: links between two names, in both directions. A name is a client's or that of a
+            switch; the way with the fewest links is taken, before all levels.
         shared: whether transfers at one time share links.
-        schedule: called with (time, flow, epoch) when a shared transfer ends.
+
+    Attributes:
+        rows: log of transfers.
+        link_bytes: carried, by link.
+        link_rates: bytes per second, by link.
     """
 
     def __init__(
@@ -69,124 +66,85 @@ class Network:
         node_to_node: Level | None = None,
         rack_to_rack: Level | None = None,
         *,
-        direct: dict[tuple[str, str], Level] | None = None,
+        direct: Mapping[tuple[str, str], Level] | None = None,
         shared: bool = False,
     ) -> None:
         self.inside_node = inside_node
         self.node_to_node = node_to_node
         self.rack_to_rack = rack_to_rack
-        self.direct = direct or {}
         self.shared = shared
-        self.schedule: Callable[[float, Flow, int], None] = _unscheduled
         self.rows = Rows(FLOW_COLUMNS)
-        self.link_bytes: dict[Hashable, float] = {}
-        self.link_rates: dict[Hashable, float] = {}
-        self._flows: dict[Flow, None] = {}
+        self.link_bytes: dict[Ends, float] = {}
+        self.link_rates: dict[Ends, float] = {}
+        self._direct: dict[str, dict[str, Level]] = {}
+        for (a, b), level in (direct or {}).items():
+            self._direct.setdefault(a, {})[b] = level
+            self._direct.setdefault(b, {})[a] = level
         self._paths: dict[tuple[int, int], Path | None] = {}
 
     @property
     def is_free(self) -> bool:
         """Whether there are no links at all: transfers then take no time."""
-        return not (self.direct or self.inside_node or self.node_to_node or self.rack_to_rack)
+        return not (self._direct or self.inside_node or self.node_to_node or self.rack_to_rack)
 
     def path(self, source: Client, target: Client) -> Path | None:
         """The path between two clients; None if they are not connected."""
         key = (source.index, target.index)
         if key not in self._paths:
-            self._paths[key] = path = self._find(source, target)
-            for link in path.links if path else ():
-                self.link_rates[link] = max(
-                    self.link_rates.get(link, 0.0), path.rate if path else 0
-                )
+            self._paths[key] = self._find(source, target)
         return self._paths[key]
 
     def _find(self, source: Client, target: Client) -> Path | None:
-        direct = self.direct.get((source.name, target.name))
-        if direct:
-            return Path(((source.name, target.name),), direct.rate, direct.latency)
         if self.is_free or source is target:
             return Path((), math.inf, 0.0)
+        names = self._fewest_links(source.name, target.name)
+        if names:
+            return self._joined(names)
         here, there = source.place, target.place
         if here.node == there.node:
-            return _path(self.inside_node, ("inside", here.node))
+            return self._level(self.inside_node, [(("node", here.node), ("node", here.node))])
+        out, into = ("node", here.node), ("node", there.node)
         if here.rack == there.rack:
-            return _path(self.node_to_node, ("out", here.node), ("in", there.node))
-        names = ("up", here.rack), ("down", there.rack)
-        return _path(self.rack_to_rack, *names)
+            fabric = ("rack", here.rack)
+            return self._level(self.node_to_node, [(out, fabric), (fabric, into)])
+        up, down = ("rack", here.rack), ("rack", there.rack)
+        return self._level(self.rack_to_rack, [(up, "racks"), ("racks", down)])
 
-    def start(self, subject: Any, path: Path, size: float, now: float) -> Flow:
-        """Start a shared transfer; ``schedule`` is told when it would end."""
-        flow = Flow(subject, path, size, now)
-        self._flows[flow] = None
-        self._share(now)
-        return flow
+    def _fewest_links(self, source: str, target: str) -> list[str]:
+        """Names on the shortest way over direct links; empty if there is none."""
+        before: dict[str, str] = {source: ""}
+        pending = deque([source])
+        while pending and target not in before:
+            name = pending.popleft()
+            for other in self._direct.get(name, {}):
+                if other not in before:
+                    before[other] = name
+                    pending.append(other)
+        if target not in before:
+            return []
+        names = [target]
+        while names[-1] != source:
+            names.append(before[names[-1]])
+        return names[::-1]
 
-    def end(self, flow: Flow, now: float) -> None:
-        """A shared transfer has ended: the others go faster."""
-        del self._flows[flow]
-        self._share(now)
+    def _joined(self, names: list[str]) -> Path:
+        """On a way of several links latencies add and the smallest bandwidth rules."""
+        links = list(zip(names, names[1:], strict=False))
+        levels = [self._direct[a][b] for a, b in links]
+        for link, level in zip(links, levels, strict=True):
+            self.link_rates[link] = level.rate
+        return Path(tuple(links), min(x.rate for x in levels), sum(x.latency for x in levels))
 
-    def log(self, row: tuple[float, ...], path: Path) -> None:
+    def _level(self, level: Level | None, links: list[Ends]) -> Path | None:
+        if level is None:
+            return None
+        self.link_rates.update(dict.fromkeys(links, level.rate))
+        return Path(tuple(links), level.rate, level.latency)
+
+    def log(self, request: Request, path: Path, size: float, start: float, end: float) -> None:
         """Record a transfer, columns ``FLOW_COLUMNS``."""
         for link in path.links:
-            self.link_bytes[link] = self.link_bytes.get(link, 0.0) + row[-1]
-        if self.rows.wanted:
-            self.rows.append(row)
-
-    def _share(self, now: float) -> None:
-        """Give every flow its max-min fair rate and say when it ends."""
-        rates = fair_rates(list(self._flows), self.link_rates)
-        for flow, rate in rates.items():
-            if rate == flow.rate:
-                continue
-            flow.left = max(0.0, flow.left - flow.rate * (now - flow.since))
-            flow.since, flow.rate = now, rate
-            flow.epoch += 1
-            self.schedule(now + flow.left / rate, flow, flow.epoch)
-
-
-def _path(level: Level | None, *links: Hashable) -> Path | None:
-    return Path(links, level.rate, level.latency) if level else None
-
-
-def _unscheduled(time: float, flow: Flow, epoch: int) -> None:
-    raise AssertionError("a shared network without a queue")
-
-
-def fair_rates(flows: list[Flow], capacity: dict[Hashable, float]) -> dict[Flow, float]:
-    """Max-min fair rates by progressive filling.
-
-    Links fill up one after another: the one with the least for each of its flows fixes the rate
-    of those, and what they leave elsewhere is divided among the others.
-    """
-    rates: dict[Flow, float] = {}
-    open_flows = dict.fromkeys(flows)
-    left = {link: capacity[link] for flow in flows for link in flow.path.links}
-    while open_flows:
-        users: dict[Hashable, list[Flow]] = {}
-        for flow in open_flows:
-            for link in flow.path.links:
-                users.setdefault(link, []).append(flow)
-        if not users:
-            rates.update(dict.fromkeys(open_flows, math.inf))
-            break
-        link = min(users, key=lambda name: left[name] / len(users[name]))
-        share = left[link] / len(users[link])
-        for flow in users[link]:
-            rates[flow] = share
-            del open_flows[flow]
-            for other in flow.path.links:
-                left[other] -= share
-    return rates
-
-
-def visible_bytes(size: float, rate: float, layers: int, overlap: float) -> float:
-    """Bytes still to send when prefill ends, if each layer's KV leaves when it is computed.
-
-    Args:
-        size: all bytes.
-        rate: bytes per second of the path.
-        layers: of the model.
-        overlap: seconds that the prefill took.
-    """
-    return max(size / layers, size - rate * overlap * (layers - 1) / layers)
+            self.link_bytes[link] = self.link_bytes.get(link, 0.0) + size
+        source, target = request.previous, request.client
+        if source and target:
+            self.rows.append((request.index, source.index, target.index, start, end, size))

@@ -16,6 +16,8 @@ TERMINAL = (COMPLETED, REJECTED, TIMED_OUT, CENSORED)
 
 Prefix = tuple[tuple[int, int], ...]
 """Parts of a prompt with known content, first to last: (key of the content, tokens)."""
+Plan = tuple[tuple[int, ...], ...]
+"""Tokens to emit by each branch of each decode stage."""
 
 
 @dataclass(slots=True, eq=False)
@@ -27,18 +29,23 @@ class Request:
         arrival: when it enters the system.
         prompt: tokens that attention must have read before the next token can be emitted; grows
             by retrieved documents, by tools' answers and by what was emitted in earlier rounds.
-        output: tokens to emit in each decode stage, per branch.
+        output: tokens to emit in the present decode stage by its longest branch.
         chain: its stages.
         model: the model that its LLM stages run on, unless a stage names another.
+        workload: index of the workload that made it.
+        context: tokens of prior context, for stages that retrieve it.
         key: what its prior context is called in KV stores; -1 for none.
         prefix: content of the prompt's start, for prefix caches.
-        workload: index of the workload that made it.
-        deadline: when it gives up if it still waits.
+        plan: outputs where there are several decode stages or branches; else empty.
+        preferred: names of clients to choose where they can run a stage, best first.
+        deadline: when it gives up if it still waits for its first token.
+        branch_outputs: tokens to emit by each branch of the present decode stage; empty for one.
         position: index of the present stage in the chain.
+        round: decode stages that it has finished.
         state: waiting, running, transfer, or one of the terminal states.
-        loaded: context tokens whose keys and values arrive with it (KV retrieval, prefill
-            elsewhere); they are not computed again.
-        handed_over: its KV was computed by another client's prefill.
+        loaded: context tokens whose keys and values arrive with it (KV retrieval); they are not
+            computed again.
+        handed_over: its KV is computed already: by another client, or swapped out by this one.
         previous: client of the stage before.
         client: client of the present stage.
         assigned: when the present stage was given to its client.
@@ -46,13 +53,18 @@ class Request:
         started: when the present stage first ran, -1 before.
         todo: prompt tokens still to compute.
         computed: context tokens present in memory while prefilling.
+        skipped: those of them that were there when it was admitted.
+        lost: tokens whose keys and values a preemption freed.
         held: blocks held while prefilling.
+        shared: hashes of the blocks that it shares with the prefix cache.
+        hashes: what ``blocks.chain`` found, with the length and block size that it is for.
         emitted: tokens per live branch, as of the last change of its client's batch.
         base: ``emitted`` when it joined the decodes.
         joined: the decode clock when it joined.
         live: branches still running.
-        asked: prompt tokens when it arrived.
         incarnation: counts preemptions, so that stale entries are recognised.
+        stopped: when it was last preempted while decoding, -1 if it goes on.
+        asked: prompt tokens when it arrived.
     """
 
     index: int
@@ -60,15 +72,18 @@ class Request:
     prompt: int
     output: int
     chain: Chain
-    model: str
+    model: str = ""
+    workload: int = 0
+    context: int = 0
     key: int = -1
     prefix: Prefix = ()
-    workload: int = 0
+    plan: Plan = ()
+    preferred: tuple[str, ...] = ()
     deadline: float = float("inf")
     branch_outputs: tuple[int, ...] = ()
     position: int = 0
+    round: int = 0
     state: str = WAITING
-    reason: str = ""
     loaded: int = 0
     handed_over: bool = False
     previous: Client | None = None
@@ -78,13 +93,14 @@ class Request:
     started: float = -1.0
     todo: int = 0
     computed: int = 0
-    cached: int = 0
+    skipped: int = 0
+    lost: int = 0
     held: int = 0
     shared: tuple[int, ...] = ()
+    hashes: tuple[int, int, list[int]] | None = None
     emitted: int = 0
     base: int = 0
     joined: int = 0
-    target: int = 0
     live: int = 0
     incarnation: int = 0
     total_emitted: int = 0
@@ -92,6 +108,7 @@ class Request:
     prefill_started: float = -1.0
     stage_first: float = -1.0
     last_token: float = -1.0
+    stopped: float = -1.0
     decode_span: float = 0.0
     decode_gaps: int = 0
     max_gap: float = 0.0
@@ -100,7 +117,6 @@ class Request:
     preemptions: int = 0
     recomputed: int = 0
     reused: int = 0
-    retrieval_hits: int = 0
     asked: int = 0
 
     def outputs(self) -> tuple[int, ...]:
@@ -111,3 +127,19 @@ class Request:
         """Whether the stage after the present one emits tokens."""
         following = self.position + 1
         return following < len(self.chain) and self.chain[following].kind in DECODE_KINDS
+
+    def use_plan(self) -> None:
+        """Take the outputs of the decode stage that follows."""
+        outputs = self.plan[self.round]
+        self.output = max(outputs)
+        self.branch_outputs = outputs if len(outputs) > 1 else ()
+
+    def wanted(self) -> int:
+        """Tokens to emit in all decode stages by all branches."""
+        return sum(map(sum, self.plan)) if self.plan else self.output
+
+    def so_far(self) -> int:
+        """Tokens emitted in the present decode stage."""
+        if self.branch_outputs:
+            return sum(min(output, self.emitted) for output in self.branch_outputs)
+        return self.emitted

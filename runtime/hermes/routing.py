@@ -10,8 +10,11 @@ from fxgraft.runtime.hermes.client import Client
 from fxgraft.runtime.hermes.request import Request
 
 Measure = Literal[
-    "requests", "prompt_tokens", "tokens", "kv_tokens", "output_tokens", "busy_seconds"
+    "requests", "prompt_tokens", "decodes", "tokens", "kv_tokens", "output_tokens", "busy_seconds"
 ]
+"""Loads: requests given; prompt tokens to compute; sequences decoding; prompt tokens plus one per
+request; tokens whose KV is held or promised; output tokens to come, as an oracle knows them; seconds
+until all is done at the present pace."""
 Policy = Literal["round_robin", "load", "heavy_light", "affinity"]
 Router = Callable[[str, Request, Sequence[Client], float], Client]
 """Chooses among the candidates, given the stage's kind, the request and the time."""
@@ -21,7 +24,11 @@ HEAVY_PROMPT, HEAVY_OUTPUT = 2048, 512
 
 
 class RoundRobin:
-    """The candidate that was chosen longest ago; a preferred node goes first."""
+    """The candidate that was chosen longest ago.
+
+    A request with preferred clients takes the first of them; with ``prefer_near`` the node of the
+    stage before goes first.
+    """
 
     def __init__(self, *, prefer_near: bool = False) -> None:
         self.prefer_near = prefer_near
@@ -32,10 +39,12 @@ class RoundRobin:
         self, kind: str, request: Request, candidates: Sequence[Client], now: float
     ) -> Client:
         """Choose."""
+        if request.preferred:
+            found = preferred(request, candidates)
+            if found:
+                return found[0]
         if self.prefer_near:
             candidates = near(request, candidates)
-        if len(candidates) == 1:
-            return candidates[0]
         last = self._last
         chosen = min(candidates, key=lambda client: (last.get(client.index, -1), client.index))
         self._turn += 1
@@ -44,7 +53,8 @@ class RoundRobin:
 
 
 class LeastLoad:
-    """The candidate with the least load; ties go to the lowest index."""
+    """The candidate with the least load, preferred ones only if there are any; ties go to the
+    lowest index."""
 
     def __init__(self, measure: Measure = "requests", *, prefer_near: bool = False) -> None:
         self.measure = measure
@@ -54,6 +64,8 @@ class LeastLoad:
         self, kind: str, request: Request, candidates: Sequence[Client], now: float
     ) -> Client:
         """Choose."""
+        if request.preferred:
+            candidates = preferred(request, candidates) or candidates
         if self.prefer_near:
             candidates = near(request, candidates)
         return min(candidates, key=lambda c: (c.load(self.measure, now), c.index))
@@ -70,7 +82,7 @@ class HeavyLight:
         self, kind: str, request: Request, candidates: Sequence[Client], now: float
     ) -> Client:
         """Choose; a single candidate serves both classes."""
-        heavy = request.prompt > self.prompt or max(request.outputs()) > self.output
+        heavy = request.prompt > self.prompt or request.output > self.output
         half = max(len(candidates) // 2, 1)
         chosen = candidates[:half] if heavy else candidates[half:] or candidates
         return self._robins[heavy](kind, request, chosen, now)
@@ -87,13 +99,21 @@ class Affinity:
         return candidates[key % len(candidates)]
 
 
+def preferred(request: Request, candidates: Sequence[Client]) -> list[Client]:
+    """The candidates that a request prefers, in its order."""
+    by_name = {client.name: client for client in candidates}
+    return [by_name[name] for name in request.preferred if name in by_name]
+
+
+def in_node(node: int, candidates: Sequence[Client]) -> list[Client]:
+    """The candidates on a node."""
+    return [client for client in candidates if client.place.node == node]
+
+
 def near(request: Request, candidates: Sequence[Client]) -> Sequence[Client]:
     """The candidates on the node of the previous stage's client, or all if there is none."""
     previous = request.previous
-    if previous is None:
-        return candidates
-    found = [c for c in candidates if c.place.node == previous.place.node]
-    return found or candidates
+    return (in_node(previous.place.node, candidates) if previous else []) or candidates
 
 
 def checked(router: Router, kind: str, request: Request, candidates: Sequence[Client],

@@ -31,6 +31,7 @@ class Stage:
         context_tokens: prior context that a KV retrieval asks for.
         scale: factor on the output length (reasoning).
         branches: parallel branches of a decode (multi-path reasoning).
+        spread: standard deviation of the branches' output lengths, relative to their mean.
         model: the model that runs it, where it is not the request's (a safety filter).
     """
 
@@ -42,6 +43,7 @@ class Stage:
     context_tokens: int = 0
     scale: float = 1.0
     branches: int = 1
+    spread: float = 0.0
     model: str = ""
 
 
@@ -52,17 +54,19 @@ def chain_problem(chain: Chain) -> str:
     """What makes a chain impossible in any system, or ``""``."""
     if not chain:
         return "it has no stages"
-    prefilled = False
     for position, stage in enumerate(chain, 1):
+        name = f"stage {position} ({stage.kind})"
         if stage.kind not in KINDS:
             return f"stage {position} has the unknown kind {stage.kind!r}"
-        if stage.kind == PREFILL:
-            prefilled = True
-        elif stage.kind in DECODE_KINDS:
-            if not prefilled:
-                return f"stage {position} ({stage.kind}) has no prefill before it"
-            if chain[position - 2].kind not in LLM_KINDS or chain[position - 2].kind != PREFILL:
-                return f"stage {position} ({stage.kind}) does not follow a prefill directly"
-            if chain[position - 2].model != stage.model:
-                return f"stage {position} ({stage.kind}) has another model than its prefill"
+        if stage.branches < 1 or not 0 < stage.scale < float("inf"):
+            return f"{name} has {stage.branches} branches and scale {stage.scale}"
+        if stage.kind not in DECODE_KINDS:
+            continue
+        before = chain[position - 2] if position > 1 else None
+        if not any(earlier.kind == PREFILL for earlier in chain[: position - 1]):
+            return f"{name} has no prefill before it"
+        if before is None or before.kind != PREFILL:
+            return f"{name} does not follow a prefill directly"
+        if before.model != stage.model:
+            return f"{name} has another model than its prefill"
     return ""

@@ -61,8 +61,9 @@ def create_app(
             service.prompts.close()
 
     app = FastAPI(
-        title="fxgraft", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None
-    )
+        title="fxgraft", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
+        redirect_slashes=False,
+    )  # fmt: skip
     app.state.service = service
     app.add_middleware(_Counted, metrics=service.metrics)
     app.add_exception_handler(StarletteHTTPException, _refused)

@@ -57,8 +57,15 @@ class Prompts:
         return await self._call(self._chat, request.messages)
 
     async def text_of(self, tokens: Sequence[int]) -> str:
-        """A prompt of token ids as text."""
-        return await self._call(lambda: str(self._tokenizer.decode(tokens)))
+        """A prompt of token ids as text.
+
+        Raises:
+            HTTPException: an id is none of the tokenizer's.
+        """
+        try:
+            return await self._call(lambda: str(self._tokenizer.decode(tokens)))
+        except (OverflowError, TypeError, ValueError) as error:
+            raise wrong_field("prompt", "has a token id outside the vocabulary") from error
 
     def close(self) -> None:
         """End the thread."""

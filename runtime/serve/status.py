@@ -45,7 +45,7 @@ def numbers(service: Service) -> dict[str, Any]:
             "queued": stats.queued,
             "prefilling": stats.prefilling,
             "running": stats.running,
-            "finished": stats.finished,
+            "finished": stats.finished - stats.cancelled - stats.failed,
             "cancelled": stats.cancelled,
             "failed": stats.failed,
             "refused": service.refused,

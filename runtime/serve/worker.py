@@ -232,7 +232,8 @@ class Worker:
             _log.exception("the engine's step failed")
             self._give_up(error)
             return True
-        self._crashes = 0
+        if is_busy:
+            self._crashes = 0
         return is_busy
 
     def _give_up(self, cause: Exception) -> None:

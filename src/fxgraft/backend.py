@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Unpack
 import torch
 
 from fxgraft import generation
-from fxgraft.collectives import common_seed
+from fxgraft.collectives import random_seed
 from fxgraft.errors import InputError, LoweringError, StateError
 from fxgraft.generation import SamplingKeywords, StepModel
 from fxgraft.paged_model import RunPages
@@ -189,7 +189,7 @@ class Compiled(ABC):
         """
         model = self.step_model
         if options.get("do_sample") and options.get("seed") is None:
-            options["seed"] = common_seed(self.program)
+            options["seed"] = random_seed(self.program)
         with self.while_generating():
             return generation.generate(  # pyright: ignore[reportCallIssue]
                 model,

@@ -7,19 +7,21 @@ node runs.
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
+import sympy  # pyright: ignore[reportMissingTypeStubs]
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 from torch.fx import Node
 
 from fxgraft import graph as graphs
-from fxgraft.errors import LoweringError
-from fxgraft.kernels.spec import dims
+from fxgraft.cost_traffic import Sizes
+from fxgraft.errors import LoweringError, SerializationError
+from fxgraft.kernels.spec import Expr, dims
 from fxgraft.program import Program
 
 aten = torch.ops.aten
@@ -50,9 +52,23 @@ def mark(program: Program, share: Share) -> None:
 
 
 def share_of(program: Program) -> Share | None:
-    """Which part of a model a Program is; None for a whole one."""
+    """Which part of a model a Program is; None for a whole one.
+
+    Raises:
+        SerializationError: what a saved Program says about it makes no sense.
+    """
     noted = program.origin.get(_KEY)
-    return Share(**cast("Mapping[str, Any]", noted)) if noted else None
+    if noted is None:
+        return None
+    try:
+        share = Share(**noted)
+        if 0 <= share.rank < share.size and isinstance(share.group, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            return share
+    except TypeError:
+        pass
+    raise SerializationError(
+        f"the Program says that it is the share {noted!r} of a model", "shard the model again"
+    )
 
 
 def is_collective(node: Node) -> bool:
@@ -89,7 +105,8 @@ def require_group(program: Program) -> None:
     """Check that this process is the one that a Program was made for.
 
     Raises:
-        LoweringError: there is no such process group, or this is another of its processes.
+        LoweringError: there is no such process group, this is another of its processes, or the
+            group cannot send from the Program's device.
     """
     share = share_of(program)
     if share is None:
@@ -105,6 +122,12 @@ def require_group(program: Program) -> None:
         raise LoweringError(
             f"{problem}; this process is rank {found.rank} of {found.size}",
             "load or make the share of this rank",
+        )
+    if not reaches(share, program.device):
+        raise LoweringError(
+            f"{problem} and lies on {program.device}, which process group {share.group!r} cannot "
+            "send from",
+            "make the group with a backend for that device: gloo for a CPU, nccl for GPUs",
         )
 
 
@@ -122,14 +145,47 @@ def require_whole(program: Program, purpose: str) -> None:
         )
 
 
-def common_seed(program: Program) -> int | None:
-    """A random seed that all processes of a share agree on; None for a whole Program."""
+def random_seed(program: Program) -> int:
+    """A random seed; the processes of a share get the same one if all ask for it."""
+    seed = torch.randint(2**62, (1,))
+    share = share_of(program)
+    if share is not None:
+        seed = seed.to(program.device)
+        dist.broadcast(seed, group=process_group(share.group), group_src=0)
+    return int(seed)
+
+
+def smallest(program: Program, value: int) -> int:
+    """The smallest value of all processes of a share, which all must ask; else the value."""
     share = share_of(program)
     if share is None:
-        return None
-    seed = torch.randint(2**62, (1,)).to(program.device)
-    dist.broadcast(seed, group=process_group(share.group), group_src=0)
-    return int(seed)
+        return value
+    common = torch.tensor(value, device=program.device)
+    group = process_group(share.group)
+    cast(Any, dist).all_reduce(common, dist.ReduceOp.MIN, group=group)
+    return int(common)
+
+
+def sent_bytes(program: Program) -> Expr:
+    """Bytes that each process sends to others in one run, over the Program's dimensions.
+
+    Of n bytes and p processes: a sum sends 2 n (p - 1) / p in a ring, joining sends n (p - 1)
+    (Thakur et al., Optimization of Collective Communication Operations in MPICH, 2005).
+    """
+    share = share_of(program)
+    if share is None:
+        return sympy.Integer(0)
+    sizes, total = Sizes(program, {}), sympy.Integer(0)
+    rounds = share.size - 1
+    for node in program.graph.nodes:
+        value = node.all_input_nodes[0].meta["val"] if is_collective(node) else None
+        if value is None or node.target is ops.wait_tensor.default:
+            continue
+        factor = rounds * sympy.Rational(2, share.size)
+        if node.target is ops.all_gather_into_tensor.default:
+            factor = sympy.Integer(rounds)
+        total += factor * math.prod(sizes(value)) * value.element_size()
+    return total
 
 
 def add_up(value: Node, share: Share) -> Node:

@@ -16,6 +16,7 @@ from fxgraft import cost_traffic as traffic
 from fxgraft.cost_numbers import FIELDS, compile_expressions, readable
 from fxgraft.cost_traffic import Sizes
 from fxgraft.describe import block_of
+from fxgraft.element_types import ElementTypes
 from fxgraft.errors import InputError
 from fxgraft.graph import short_target
 from fxgraft.kernels.spec import Cost, Expr, spec_of
@@ -180,12 +181,15 @@ class CostTable:
         return f"{text}\nwithout a rule, flops missing: {missing}" if missing else text
 
 
-def cost_table(program: Program, symbols: Mapping[str, int]) -> CostTable:
+def cost_table(
+    program: Program, symbols: Mapping[str, int], types: ElementTypes | None = None
+) -> CostTable:
     """Cost of every node of a Program.
 
     Args:
         program: with shapes on every node.
         symbols: sizes of dimensions to put in; the others stay names.
+        types: floating elements take as many bytes as if they had these types; None: their own.
 
     Raises:
         InputError: the Program has no dimension of that name.
@@ -193,7 +197,7 @@ def cost_table(program: Program, symbols: Mapping[str, int]) -> CostTable:
     names = {symbol: str(name) for symbol, name in named_symbols(program).items()}
     free = dict.fromkeys(names.values())
     _check_names(symbols, [*program.dimensions, *free])
-    sizes = Sizes(program, symbols)
+    sizes = Sizes(program, symbols, types)
     rows: list[Row] = []
     unknown: dict[str, int] = {}
     for node in program.graph.nodes:

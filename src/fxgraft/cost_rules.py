@@ -44,7 +44,10 @@ PER_INPUT_ELEMENT: dict[str, int] = {
     "cumsum": 1, "cumprod": 1, "logcumsumexp": 3, "cummax": 1, "cummin": 1, "median": 1,
     "adaptive_avg_pool1d": 1, "adaptive_avg_pool2d": 1, "adaptive_avg_pool3d": 1,
     "adaptive_max_pool1d": 1, "adaptive_max_pool2d": 1, "adaptive_max_pool3d": 1,
-    "histc": 1, "bincount": 1, "topk": 1, "trace": 1, "renorm": 3,
+    "histc": 1, "bincount": 1, "topk": 1, "trace": 1, "renorm": 3, "_is_all_true": 1,
+    "_is_any_true": 1,
+    # One of p processes adds (p - 1) / p times per element, whatever the algorithm.
+    "all_reduce": 1,
 }  # fmt: skip
 
 PER_OUTPUT_ELEMENT: dict[str, int] = {
@@ -80,7 +83,7 @@ MOVES = frozenset({
     "masked_select", "split_copy", "unbind_copy", "view_copy", "permute_copy", "expand_copy",
     "nonzero_numpy", "atleast_1d", "bucketize", "searchsorted", "unique_consecutive", "isin",
     "split_with_sizes_copy", "transpose_copy", "t_copy", "slice_copy", "select_copy",
-    "_unsafe_index_put", "sort", "argsort", "msort",
+    "_unsafe_index_put", "sort", "argsort", "msort", "all_gather_into_tensor",
 })  # fmt: skip
 # Ops that read only the rows they gather, and the indices.
 GATHERS = frozenset({
@@ -280,11 +283,26 @@ _RULES: dict[str, Rule] = {
 }  # fmt: skip
 
 
+def is_product(node: Node) -> bool:
+    """Whether an ``aten`` node multiplies matrices or convolves."""
+    return base_name(node) in _PRODUCTS
+
+
+_PRODUCTS = frozenset(_RULES) - {
+    "avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool1d", "max_pool2d", "max_pool3d",
+    "max_pool1d_with_indices", "max_pool2d_with_indices", "max_pool3d_with_indices",
+    "index_add", "scatter_add", "scatter_reduce", "index_reduce", "index_put",
+    "_index_put_impl", "_unsafe_index_put", "cdist",
+}  # fmt: skip
+
+
 def is_view(node: Node, sizes_of: Shape) -> bool:
     """Whether a node only gives another shape or name to memory that is there."""
     name = base_name(node)
     if name == "dropout":
         return not argument(node, "train")
+    if name == "wait_tensor":
+        return True
     if name in MAYBE_VIEWS:
         return not _copies(node, name, sizes_of)
     return aliases_input(node)

@@ -10,8 +10,9 @@ import torch
 from torch.fx import Node
 
 from fxgraft import cost_rules as rules
+from fxgraft.element_types import ElementTypes, Role
 from fxgraft.kernels.spec import Expr, argument, expr, spec_of
-from fxgraft.operators import qualified_name
+from fxgraft.operators import operator_of, qualified_name
 from fxgraft.program import Program
 from fxgraft.symbolic import derived_dimensions, named_symbols
 
@@ -24,9 +25,19 @@ _OVERWRITING_PART = frozenset({"index_put_", "scatter_", "index_copy_"})
 
 
 class Sizes:
-    """Sizes of values with dimensions' names, or given numbers, in place of the graph's symbols."""
+    """Sizes of values with dimensions' names, or given numbers, in place of the graph's symbols.
 
-    def __init__(self, program: Program, symbols: Mapping[str, int]) -> None:
+    Args:
+        program: whose values.
+        symbols: numbers for dimensions.
+        types: floating elements count as if of these types; None leaves their own.
+    """
+
+    def __init__(
+        self, program: Program, symbols: Mapping[str, int], types: ElementTypes | None = None
+    ) -> None:
+        self._types = types
+        self._roles: dict[Node, Role] = {}
         names = named_symbols(program)
         given = {name: sympy.Integer(size) for name, size in symbols.items()}
         self._replace = {symbol: given.get(str(name), name) for symbol, name in names.items()}
@@ -45,12 +56,55 @@ class Sizes:
         sizes: list[Any] = list(shape.shape if isinstance(shape, torch.Tensor) else shape)
         return tuple(size if isinstance(size, int) else self.named(expr(size)) for size in sizes)
 
+    def bytes_of(self, value: torch.Tensor, role: Role) -> rules.Size:
+        """Bytes of a tensor in memory; an expanded dimension is there once."""
+        pairs = zip(self(value), self(value.stride()), strict=True)
+        stored = [size for size, stride in pairs if stride != 0]
+        return rules.product(stored) * self.element_bytes(value, role)
+
+    def element_bytes(self, value: torch.Tensor, role: Role) -> rules.Size:
+        """Bytes of one element; a fraction for types of less than 8 bits."""
+        if self._types is None or not value.is_floating_point():
+            return value.element_size()
+        bits = self._types.bits(role)
+        return bits // 8 if bits % 8 == 0 else cast(Any, sympy.Rational(bits, 8))
+
+    def role(self, node: Node) -> Role:
+        """What a node's value is: a weight, state of earlier steps, or computed in this step."""
+        if node not in self._roles:
+            self._roles[node] = self._find_role(node)
+        return self._roles[node]
+
+    def _find_role(self, node: Node) -> Role:
+        if node.op == "get_attr":
+            return "weights"
+        if node.op == "placeholder":
+            return "state" if is_state_input(node) else "activations"
+        if joins_state(node):
+            return "state"
+        sources = node.all_input_nodes
+        if len(sources) == 1 and operator_of(node) is not None and rules.is_view(node, self):
+            return self.role(sources[0])
+        return "activations"
+
     def named(self, size: Expr) -> Any:
         """An expression over the graph's symbols as one over named dimensions."""
         if size not in self._known:
             named = cast(Any, size).xreplace(self._replace)
             self._known[size] = int(named) if named.is_Integer else named
         return self._known[size]
+
+
+def is_state_input(node: Node) -> bool:
+    """Whether a node is an input through which a step graph takes state."""
+    return node.op == "placeholder" and str(node.target).startswith("past_")
+
+
+def joins_state(node: Node) -> bool:
+    """Whether a node puts new entries behind those of earlier steps."""
+    if operator_of(node) is not torch.ops.aten.cat.default:
+        return False
+    return is_state_input(node.all_input_nodes[0])
 
 
 def tensors(value: object) -> list[torch.Tensor]:
@@ -69,12 +123,15 @@ def bytes_read(node: Node, sizes: Sizes) -> rules.Size:
     sources = list(node.all_input_nodes)
     gathered: rules.Size = 0
     if name in rules.GATHERS:
-        sources = sources[1:]
-        gathered = _bytes(node.meta["val"], sizes)
+        table, *sources = sources
+        gathered = sizes.bytes_of(node.meta["val"], sizes.role(table))
     if qualified_name(node).split("::")[1] in _OVERWRITING:
         sources = sources[1:]
-    values = [value for source in sources for value in tensors(source.meta.get("val"))]
-    return gathered + sum(_bytes(value, sizes) for value in values)
+    return gathered + sum(
+        sizes.bytes_of(value, sizes.role(source))
+        for source in sources
+        for value in tensors(source.meta.get("val"))
+    )
 
 
 def bytes_written(node: Node, sizes: Sizes) -> rules.Size:
@@ -85,7 +142,13 @@ def bytes_written(node: Node, sizes: Sizes) -> rules.Size:
     if qualified_name(node).split("::")[1] in _OVERWRITING_PART:
         values = [v for n in node.all_input_nodes[1:] for v in tensors(n.meta.get("val"))]
         outputs = values[-1:]
-    return sum(_bytes(value, sizes) for value in outputs)
+    spec = spec_of(node)
+    fixed = {state.output for state in spec.states if state.kind == "fixed"} if spec else set[int]()
+    written = "state" if joins_state(node) else "activations"
+    return sum(
+        sizes.bytes_of(value, "state" if place in fixed else written)
+        for place, value in enumerate(outputs)
+    )
 
 
 def state_bytes(node: Node, sizes: Sizes) -> rules.Size:
@@ -94,24 +157,17 @@ def state_bytes(node: Node, sizes: Sizes) -> rules.Size:
     total: rules.Size = 0
     for state in spec.states if spec and spec.causal(node) else ():
         if state.kind == "fixed":
-            total += _bytes(node.meta["val"][state.output], sizes)
+            total += sizes.bytes_of(node.meta["val"][state.output], "state")
             continue
         value = cast(Node, argument(node, state.argument)).meta["val"]
         shape = list(sizes(value))
         limit = argument(node, state.limit) if state.limit else None
         if isinstance(limit, int):
             shape[state.dim] = _least(shape[state.dim], limit - 1)
-        total += rules.product(shape) * value.element_size()
+        total += rules.product(shape) * sizes.element_bytes(value, "state")
     return total
 
 
 def _least(size: rules.Size, bound: int) -> rules.Size:
     least = cast(Any, sympy.Min(size, bound))
     return int(least) if least.is_Integer else least
-
-
-def _bytes(value: torch.Tensor, sizes: Sizes) -> rules.Size:
-    """Bytes of a tensor in memory; an expanded dimension is there once."""
-    pairs = zip(sizes(value), sizes(value.stride()), strict=True)
-    stored = [size for size, stride in pairs if stride != 0]
-    return rules.product(stored) * value.element_size()

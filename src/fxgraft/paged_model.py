@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,7 +12,21 @@ from torch import Tensor
 from fxgraft.paging import PagedProgram
 from fxgraft.stepping import neutral
 
-RunPages = Callable[[Sequence[Tensor]], Tensor]
+
+class RunPages(Protocol):
+    """A lowered paged graph."""
+
+    def __call__(self, values: Sequence[Tensor], *, fresh: bool) -> Tensor:
+        """Run it.
+
+        Args:
+            values: its inputs in order; pools among them are changed.
+            fresh: whether no row has tokens before the new ones, which may be faster.
+
+        Returns:
+            Logits [B, 1, V].
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -41,7 +56,7 @@ class PagedModel:
 
     Args:
         paged: the graph's description.
-        run: takes its inputs in order and returns logits [B, 1, V].
+        run: the lowered graph.
         blocks: blocks per group; block 0 belongs to nobody.
         slots: slots of fixed state; slot 0 belongs to nobody.
     """
@@ -73,7 +88,8 @@ class PagedModel:
             own[spec.name] if spec.name in own else neutral(spec, batch, self.device)
             for spec in self.paged.own_inputs
         ]
-        result = self._run([*values, rows.past, rows.slots, *rows.tables, *self._pools])
+        inputs = [*values, rows.past, rows.slots, *rows.tables, *self._pools]
+        result = self._run(inputs, fresh=rows.longest == 0)
         return result[:, -1]
 
     def _mask(self, rows: Rows, new: int) -> Tensor:

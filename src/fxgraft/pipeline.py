@@ -14,7 +14,7 @@ from fxgraft import contracts, facts, registry
 from fxgraft.errors import Error, InputError
 from fxgraft.program import Program
 from fxgraft.transform import Pass, apply, check_definition
-from fxgraft.validation import Loc, Where, located, readable
+from fxgraft.validation import Loc, Where, located, nowhere, readable
 from fxgraft.yaml_source import YamlSource
 
 PassSpec = Pass | str | Mapping[str, Mapping[str, object] | None]
@@ -196,6 +196,8 @@ class _Keys(BaseModel):
     """Options of the backend."""
     prompt: str | None = None
     """Text to try the result on."""
+    serve: dict[str, Any] = {}
+    """Options of `fxgraft serve`: address, limits, timeouts, and those of the engine."""
 
 
 @dataclass(frozen=True)
@@ -209,6 +211,8 @@ class PipelineFile:
         backend: name of the backend.
         options: options of the backend.
         prompt: text to try the result on, None if the file has none.
+        serve: options of the server; whoever serves checks them.
+        where: gives the place of a key in the file.
     """
 
     path: Path
@@ -217,6 +221,8 @@ class PipelineFile:
     backend: str = "auto"
     options: dict[str, Any] = field(default_factory=dict[str, Any])
     prompt: str | None = None
+    serve: dict[str, Any] = field(default_factory=dict[str, Any])
+    where: Where = nowhere
 
     @staticmethod
     def read(path: str | Path) -> PipelineFile:
@@ -240,7 +246,10 @@ class PipelineFile:
         model = keys.model
         if model is not None and (folder / model).exists():
             model = str(folder / model)
-        return PipelineFile(source.file, pipeline, model, keys.backend, keys.options, keys.prompt)
+        return PipelineFile(
+            source.file, pipeline, model, keys.backend, keys.options, keys.prompt, keys.serve,
+            source.where,
+        )  # fmt: skip
 
 
 def json_schema() -> dict[str, Any]:

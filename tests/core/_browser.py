@@ -26,19 +26,28 @@ def probe(page: Path, script: str) -> dict[str, Any]:
 
     Fails if the page writes anything to the console, errors included.
     """
-    browser = shutil.which("chromium") or shutil.which("chromium-browser")
-    if browser is None:
-        pytest.skip("needs chromium on PATH")
-    tail = (
+    probed = page.with_name(f"probed_{page.name}")
+    probed.write_text(page.read_text(encoding="utf-8") + tail(script), encoding="utf-8")
+    return open_page(probed.as_uri())
+
+
+def tail(script: str) -> str:
+    """What a page must end with, so that ``open_page`` gives what a function body returns."""
+    return (
         "<script>(async () => {" + script + "})().catch((error) => ({ error: String(error) }))"
         ".then((found) => { document.body.dataset.probe = JSON.stringify(found);"
         f"console.log({_MARKER!r}); }});</script>"
     )
-    probed = page.with_name(f"probed_{page.name}")
-    probed.write_text(page.read_text(encoding="utf-8") + tail, encoding="utf-8")
+
+
+def open_page(address: str) -> dict[str, Any]:
+    """What the function body of ``tail`` returns in the page at an address; see ``probe``."""
+    browser = shutil.which("chromium") or shutil.which("chromium-browser")
+    if browser is None:
+        pytest.skip("needs chromium on PATH")
     with tempfile.TemporaryDirectory() as profile:
         run = subprocess.run(
-            [browser, *_FLAGS, f"--user-data-dir={profile}", "--dump-dom", probed.as_uri()],
+            [browser, *_FLAGS, f"--user-data-dir={profile}", "--dump-dom", address],
             capture_output=True, text=True, timeout=120, check=True,
         )  # fmt: skip
     console = [line for line in run.stderr.splitlines() if "CONSOLE" in line]

@@ -44,7 +44,7 @@ class Serving:
         module = self.paged.program.graph_module
         self.model = PagedModel(
             self.paged,
-            lambda values: module(*values)[0],
+            lambda values, *, fresh: module(*values)[0],
             blocks=[count + 1 for count in needed],
             slots=requests + 1,
         )

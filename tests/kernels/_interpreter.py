@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -18,13 +19,14 @@ _ROOT = Path(__file__).parents[2]
 
 
 def prepare() -> None:
-    """Make up for two gaps of Triton 3.6's interpreter, in a process that interprets kernels."""
+    """Make up for three gaps of Triton 3.6's interpreter, in a process that interprets kernels."""
     if not INTERPRETED:
         return
     from triton.runtime import interpreter
 
     _index_arrays_of_one_element(interpreter)
     _multiply_bfloat16(interpreter)
+    _round_bfloat16(interpreter)
 
 
 def _index_arrays_of_one_element(interpreter: Any) -> None:
@@ -55,10 +57,25 @@ def _multiply_bfloat16(interpreter: Any) -> None:
     interpreter.InterpreterBuilder.create_dot = create_dot
 
 
-def run_interpreted(file: str) -> str:
-    """Run the tests of a file in a process that interprets kernels; returns pytest's last line."""
+def _round_bfloat16(interpreter: Any) -> None:
+    """It truncates float32 to bfloat16 where a GPU rounds to the nearest, ties to even."""
+    language, original = interpreter.tl, interpreter._convert_float
+
+    def convert(data: Any, source: Any, target: Any, rounding: Any) -> Any:
+        if (source, target) != (language.float32, language.bfloat16):
+            return original(data, source, target, rounding)
+        bits = np.ascontiguousarray(data).view(np.uint32)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        rounded = np.where(np.isnan(data), 0x7FC0, rounded)
+        return rounded.astype(np.uint16).reshape(np.shape(data))
+
+    interpreter._convert_float = convert
+
+
+def run_interpreted(*files: str) -> str:
+    """Run the tests of files in a process that interprets kernels; returns pytest's last line."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONSAFEPATH": "1"}
-    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", file]
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *files]
     result = subprocess.run(
         words, cwd=_ROOT, env=environment, capture_output=True, text=True, check=False
     )

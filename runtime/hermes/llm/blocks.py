@@ -124,22 +124,30 @@ def chain(request: Request, size: int) -> list[int]:
     Content is known for the parts of ``request.prefix``; the rest of the prompt and what was
     emitted belongs to the request alone, and is found again by its own later stages.
     """
-    hashes: list[int] = []
-    parent, position = 0, 0
-    parts = [*request.prefix, (_UNIQUE + request.index, 1 << 40)]
-    end = request.prompt
+    tokens = request.prompt
     if not request.branch_outputs:
-        end += max(request.emitted - 1, 0)
-    bounds: list[tuple[int, int, int]] = []
-    for key, tokens in parts:
-        bounds.append((key, position, position + tokens))
-        position += tokens
-    first = 0
-    for stop in range(size, end + 1, size):
-        while bounds[first][2] <= stop - size:
-            first += 1
-        content = [(key, max(start, stop - size) - start) for key, start, end_ in bounds[first:]
-                   if start < stop and end_ > stop - size]  # fmt: skip
-        parent = hash((parent, tuple(content)))
+        tokens += max(request.emitted - 1, 0)
+    known = request.hashes
+    if known is None or known[:2] != (tokens, size):
+        request.hashes = known = tokens, size, _chain(request, tokens, size)
+    return known[2]
+
+
+def _chain(request: Request, tokens: int, size: int) -> list[int]:
+    parts = [*request.prefix, (_UNIQUE + request.index, tokens + 1)]
+    hashes: list[int] = []
+    parent, part, left = 0, 0, parts[0][1]
+    for _ in range(tokens // size):
+        content: list[tuple[int, int]] = []
+        wanted = size
+        while wanted:
+            taken = min(wanted, left)
+            if taken:
+                content.append((parts[part][0], taken))
+            wanted, left = wanted - taken, left - taken
+            if left == 0:
+                part += 1
+                left = parts[part][1]
+        parent = hash((parent, *content))
         hashes.append(parent)
     return hashes

@@ -9,20 +9,23 @@ from fxgraft.runtime.hermes.client import Client, Hub, Place
 from fxgraft.runtime.hermes.costs import NO_LIMIT, StepCost
 from fxgraft.runtime.hermes.llm.blocks import blocks_for
 from fxgraft.runtime.hermes.llm.decodes import JumpingDecodes
+from fxgraft.runtime.hermes.llm.loads import load_of
 from fxgraft.runtime.hermes.llm.reference import ListedDecodes
 from fxgraft.runtime.hermes.llm.scheduler import Limits, Scheduler, owed_by
-from fxgraft.runtime.hermes.log import Rows
 from fxgraft.runtime.hermes.request import WAITING, Request
 from fxgraft.runtime.hermes.stages import DECODE_KINDS, PREFILL, Stage
 
 Role = Literal["both", "prefill", "decode"]
+TIE = 1e-12
+"""Times that differ by less than this share of themselves are one: they were computed by sums in
+another order."""
 
 
 class LlmClient(Client):
     """One server of one model.
 
     Args:
-        index, name, hub, place, idle_watts, dollars_per_hour: see ``Client``.
+        name, place, idle_watts, dollars_per_hour: see ``Client``.
         model: the model it serves.
         cost: price of its steps.
         limits: what a step may contain.
@@ -32,17 +35,14 @@ class LlmClient(Client):
         kv_bytes: of keys and values per token, for transfers.
         swap_bandwidth: bytes per second to and from the host.
         context_length: most tokens of a sequence, 0 for no limit.
-        gaps: where gaps between tokens are logged.
-        marks: whether the cost extrapolates, so that such steps are counted.
+        marks: whether the cost may extrapolate, so that such steps must be counted.
     """
 
     kind = "llm"
 
     def __init__(
         self,
-        index: int,
         name: str,
-        hub: Hub,
         *,
         model: str,
         cost: StepCost,
@@ -55,37 +55,41 @@ class LlmClient(Client):
         kv_bytes: float = 0.0,
         swap_bandwidth: float = math.inf,
         context_length: int = 0,
-        gaps: Rows | None = None,
         marks: bool = False,
     ) -> None:
         super().__init__(
-            index, name, hub, place=place or Place(), idle_watts=idle_watts,
-            dollars_per_hour=dollars_per_hour,
-        )  # fmt: skip
+            name, place=place, idle_watts=idle_watts, dollars_per_hour=dollars_per_hour
+        )
         self.model = model
         self.cost = cost
         self.limits = limits
         self.role = role
         self.kv_bytes = kv_bytes
         self.swap_bandwidth = swap_bandwidth
-        self.context_length = context_length
+        self.context_length = context_length or NO_LIMIT
         self.marks = marks
         kind = ListedDecodes if stepwise else JumpingDecodes
-        self.decodes = kind(limits.block_size, gaps)
+        self.decodes = kind(limits.block_size)
         self.scheduler = Scheduler(limits, self.decodes)
-        self._gaps = gaps
+        self.scheduler.resumed = self._log_break
+        self.scheduler.hands_over = role == "prefill"
         self._in_step = False
         self._woken = False
         self._start = 0.0
         self._steps = 0
         self._first = self._slope = 0.0
         self._joules = self._joule_slope = 0.0
+        self._marks = 0
         self._outgoing: dict[Request, tuple[int, tuple[int, ...]]] = {}
+
+    def attach(self, index: int, hub: Hub) -> None:
+        super().attach(index, hub)
+        self.decodes.log_gaps(hub.gaps, index)
 
     # -- taking requests
 
-    def accepts(self, stage: Stage, request: Request) -> bool:
-        if (stage.model or request.model) != self.model:
+    def accepts(self, stage: Stage, model: str) -> bool:
+        if (stage.model or model) != self.model:
             return False
         if stage.kind in DECODE_KINDS:
             return self.role != "prefill"
@@ -95,40 +99,43 @@ class LlmClient(Client):
         self.assigned += 1
         if request.handed_over:
             request.todo = 0
-            request.live = sum(output > request.emitted for output in request.outputs())
-        else:
-            request.emitted = 0
-            request.live = len(request.outputs()) if request.decodes_next() else 1
-            request.loaded = min(request.loaded, request.prompt - 1)
-            request.todo = request.prompt - request.loaded
-            self.scheduler.pending_prompt += request.todo
-        self.scheduler.owed += self._owed(request)
+            request.live = sum([output > request.emitted for output in request.outputs()])
+            self.scheduler.owed += owed_by(request)
+            return
+        decodes = request.decodes_next()
+        request.emitted = 0
+        request.live = len(request.branch_outputs) or 1 if decodes else 1
+        request.loaded = min(request.loaded, request.prompt - 1)
+        request.todo = request.prompt - request.loaded
+        self.scheduler.pending_prompt += request.todo
+        if decodes and self.role != "prefill":
+            self.scheduler.owed += owed_by(request)
 
-    def _owed(self, request: Request) -> int:
-        if self.role == "prefill" or not (request.handed_over or request.decodes_next()):
-            return 0
-        return owed_by(request)
+    def forget(self, request: Request) -> None:
+        self.assigned -= 1
+        self.scheduler.pending_prompt -= request.todo
+        if request.handed_over or (self.role != "prefill" and request.decodes_next()):
+            self.scheduler.owed -= owed_by(request)
 
     def problem(self, request: Request) -> str:
         """Why a request can never run here, or ``""``."""
-        tokens = request.prompt
+        limits, tokens = self.limits, request.prompt
         if request.handed_over or (self.role != "prefill" and request.decodes_next()):
-            tokens += max(request.outputs())
             blocks = self._most_blocks(request)
+            tokens += request.output
         else:
-            blocks = blocks_for(tokens, self.limits.block_size)
-        if self.context_length and tokens > self.context_length:
+            blocks = blocks_for(tokens, limits.block_size)
+        if tokens > self.context_length:
             return (f"its {tokens} tokens are more than the context length of "
                     f"{self.context_length} of client {self.name!r}")  # fmt: skip
-        if blocks > self.limits.blocks:
-            return (f"it needs {blocks} KV blocks, client {self.name!r} has "
-                    f"{self.limits.blocks}")  # fmt: skip
-        if len(request.outputs()) > self.limits.max_sequences:
-            return (f"its {len(request.outputs())} branches are more than the "
-                    f"{self.limits.max_sequences} sequences of client {self.name!r}")  # fmt: skip
-        if self.scheduler.whole and request.todo > self.limits.max_batched_tokens:
+        if blocks > limits.blocks:
+            return f"it needs {blocks} KV blocks, client {self.name!r} has {limits.blocks}"
+        if len(request.branch_outputs) > limits.max_sequences:
+            return (f"its {len(request.branch_outputs)} branches are more than the "
+                    f"{limits.max_sequences} sequences of client {self.name!r}")  # fmt: skip
+        if self.scheduler.whole and request.todo > limits.max_batched_tokens:
             return (f"its prompt of {request.todo} tokens exceeds the "
-                    f"{self.limits.max_batched_tokens} tokens of a step of client "
+                    f"{limits.max_batched_tokens} tokens of a step of client "
                     f"{self.name!r}, which does not cut prompts")  # fmt: skip
         return ""
 
@@ -141,52 +148,47 @@ class LlmClient(Client):
     def submit(self, request: Request, now: float) -> None:
         problem = self.problem(request)
         if problem:
-            self._forget(request)
+            self.forget(request)
             self.hub.reject(request, problem, now)
             return
         request.state = WAITING
         scheduler, limits = self.scheduler, self.limits
-        was_empty = scheduler.queue.head() is None
+        is_seen = scheduler.queue.size == 0 or limits.order != "fcfs"
         scheduler.queue.push(request)
         if not self._in_step:
             self._wake(now)
         elif (
             self._steps > 1
-            and (was_empty or limits.order != "fcfs")
+            and is_seen
             and limits.strategy != "static"
             and scheduler.queries < limits.max_sequences
         ):
             self._cut(now)
 
-    def _forget(self, request: Request) -> None:
-        self.assigned -= 1
-        self.scheduler.pending_prompt -= request.todo
-        self.scheduler.owed -= self._owed(request)
-
     def withdraw(self, request: Request, now: float) -> bool:
         if not self.scheduler.queue.remove(request):
             return False
-        self._forget(request)
+        self.forget(request)
         if not self._in_step:
-            self.resume(now)
+            self._wake(now)
         elif self._steps > 1:
             self._cut(now)
         return True
 
     def _wake(self, now: float) -> None:
-        if not self._woken:
+        """Look at the queue if idle."""
+        if not self._woken and self.scheduler.queue.size:
             self._woken = True
             self.hub.schedule(self, now)
 
-    def release(self, request: Request) -> None:
+    def release(self, request: Request, now: float) -> None:
         blocks, shared = self._outgoing.pop(request)
         pool = self.scheduler.pool
         pool.give(blocks - pool.unshare(shared))
-
-    def resume(self, now: float) -> None:
-        """Blocks came free: look at the queue if idle."""
-        if not self._in_step and self.scheduler.queue.head() is not None:
+        if not self._in_step:
             self._wake(now)
+        elif self._steps > 1 and self.scheduler.queue.size:
+            self._cut(now)
 
     # -- running steps
 
@@ -198,8 +200,10 @@ class LlmClient(Client):
 
     def _begin(self, now: float) -> None:
         scheduler = self.scheduler
+        scheduler.now = now
         scheduler.plan()
-        if scheduler.chunks:
+        chunks = scheduler.chunks
+        if chunks:
             self._price_mixed()
         elif scheduler.with_decodes:
             self._price_jump()
@@ -211,9 +215,11 @@ class LlmClient(Client):
             self._steps = 1
         self._in_step = True
         self._start = now
-        self.hub.schedule(self, now + self._duration(self._steps))
-        for request, _, _ in scheduler.chunks:
+        steps = self._steps
+        self.hub.schedule(self, now + (self._first if steps == 1 else self._duration(steps)))
+        for request, _, _ in chunks:
             if request.started < 0:
+                request.prefill_started = now
                 self._mark_start(request, now)
         if scheduler.joined:
             for request in scheduler.joined:
@@ -224,8 +230,6 @@ class LlmClient(Client):
     def _mark_start(self, request: Request, now: float) -> None:
         request.started = now
         request.queue_time += now - request.arrived
-        if request.todo:
-            request.prefill_started = now
 
     def _price_mixed(self) -> None:
         scheduler, decodes = self.scheduler, self.decodes
@@ -235,31 +239,36 @@ class LlmClient(Client):
         else:
             price = self.cost.price(prompts)
         self._steps = 1
-        self._first, self._slope = price.seconds, 0.0
-        self._joules, self._joule_slope = price.joules or 0.0, 0.0
-        self.marked_steps += price.extrapolated
+        self._first, joules, marked = price
+        self._slope = 0.0
+        self._joules, self._joule_slope = joules or 0.0, 0.0
+        self._marks = marked
 
     def _price_jump(self) -> None:
         decodes = self.decodes
         count, context = decodes.count, decodes.context
-        line = self.cost.decode_line(count, context)
-        fit = (line.last - context) // count + 1 if line.last < NO_LIMIT else NO_LIMIT
-        self._steps = decodes.jump(self.scheduler.pool.free, max(fit, 1))
-        self._first, self._slope = line.seconds, line.seconds_per_key * count
-        self._joules, self._joule_slope = line.joules, line.joules_per_key * count
+        _, last, self._first, slope, self._joules, joule_slope = self.cost.decode_line(
+            count, context
+        )
+        fit = (last - context) // count + 1 if last < NO_LIMIT else NO_LIMIT
+        if fit < 1 or self.scheduler.preempted:
+            fit = 1
+        self._steps = decodes.jump(self.scheduler.pool.free, fit)
+        self._slope, self._joule_slope = slope * count, joule_slope * count
+        if self.marks:
+            self._marks = self.cost.price((), count, context).extrapolated
 
     def _duration(self, steps: int) -> float:
-        if steps == 1:
-            return self._first
         return steps * self._first + self._slope * (steps * (steps - 1) // 2)
 
     def steps_by(self, now: float) -> int:
         """Steps of the present jump that have ended strictly before ``now``."""
+        now -= TIE * now
         elapsed, slope = now - self._start, self._slope
         guess = elapsed / self._first if self._first > 0.0 else self._steps
         if slope > 0.0:
             half = self._first - 0.5 * slope
-            guess = (math.sqrt(half * half + 2.0 * slope * elapsed) - half) / slope
+            guess = (math.sqrt(half * half + 2.0 * slope * max(elapsed, 0.0)) - half) / slope
         steps = min(max(int(guess), 0), self._steps)
         while steps and self._start + self._duration(steps) >= now:
             steps -= 1
@@ -272,21 +281,37 @@ class LlmClient(Client):
         steps = self.steps_by(now) + 1
         if steps < self._steps:
             self._steps = steps
-            self.hub.schedule(self, self._start + self._duration(steps))
+            self.hub.schedule(self, max(self._start + self._duration(steps), now))
 
     def _complete(self, now: float) -> None:
-        scheduler, decodes, steps = self.scheduler, self.decodes, self._steps
+        scheduler, decodes, steps, chunks = (
+            self.scheduler, self.decodes, self._steps, self.scheduler.chunks
+        )  # fmt: skip
         self._in_step = False
-        self._account(now, steps)
+        joules = self._joules
+        if steps > 1:
+            joules = steps * joules + self._joule_slope * (steps * (steps - 1) // 2)
+        self.busy_seconds += now - self._start
+        self.step_joules += joules
+        self.marked_steps += steps * self._marks
+        rows, pool = self.hub.steps, scheduler.pool
+        used, count, context, gap, older = pool.used, 0, 0, 0.0, 0
         if scheduler.with_decodes:
-            scheduler.pool.take(decodes.allocate(steps))
-            decodes.advance(steps, self._start, self._first, self._slope, now)
-            for request, blocks in decodes.ended(now):
-                scheduler.branch_ended(request, blocks)
-                if request.live == 0:
-                    self._finish_decode(request, now)
-        if scheduler.chunks:
-            chunks, scheduler.chunks = scheduler.chunks, []
+            count, context = decodes.count, decodes.context
+            pool.take(decodes.allocate(steps))
+            gap, older = decodes.advance(steps, self._start, self._first, self._slope, now)
+        if rows.wanted:
+            tokens = sum([new for _, new, _ in chunks]) if chunks else 0
+            rows.append(
+                (
+                    self.index, self._start, now, steps, self._first, self._slope, len(chunks),
+                    tokens, count, context, scheduler.queue.size, used, joules, gap, older,
+                )
+            )  # fmt: skip
+        if count and decodes.next_end <= decodes.clock:
+            self._end_branches(now)
+        if chunks:
+            scheduler.chunks = []
             for request, new, _ in chunks:
                 request.computed += new
                 request.todo -= new
@@ -294,23 +319,11 @@ class LlmClient(Client):
                 if request.todo == 0:
                     self._finish_prompt(request, now)
 
-    def _account(self, now: float, steps: int) -> None:
-        joules = steps * self._joules + self._joule_slope * (steps * (steps - 1) // 2)
-        self.busy_seconds += now - self._start
-        self.step_joules += joules
-        if not self.hub.steps.wanted:
-            return
-        scheduler, decodes = self.scheduler, self.decodes
-        chunks = scheduler.chunks
-        tokens = sum([new for _, new, _ in chunks]) if chunks else 0
-        count, context = (decodes.count, decodes.context) if scheduler.with_decodes else (0, 0)
-        self.hub.steps.append(
-            (
-                self.index, self._start, now, steps, self._first, self._slope, len(chunks),
-                tokens, count, context, len(scheduler.queue), scheduler.pool.used, joules,
-                decodes.clock,
-            )
-        )  # fmt: skip
+    def _end_branches(self, now: float) -> None:
+        for request, blocks, is_last in self.decodes.ended(now):
+            self.scheduler.branch_ended(request, blocks, is_last=is_last)
+            if is_last:
+                self._finish_decode(request, now)
 
     # -- ends of stages
 
@@ -319,15 +332,16 @@ class LlmClient(Client):
         scheduler.prompt_ended(request)
         if not request.emitted and not request.decodes_next():
             scheduler.leave(request)
+            request.loaded = 0
             self._done(request, now)
             return
         self._emit(request, now)
-        if self.role == "prefill" and request.emitted < max(request.outputs()):
+        if self.role == "prefill" and request.emitted < request.output:
             self._hand_over(request, now)
             return
         if request.chain[request.position].kind == PREFILL:
             self._enter_decode(request, now)
-        if request.emitted < max(request.outputs()):
+        if request.emitted < request.output:
             scheduler.join(request)
             return
         scheduler.leave(request)
@@ -345,9 +359,17 @@ class LlmClient(Client):
         else:
             gap = now - request.last_token
             request.max_gap = max(request.max_gap, gap)
-            if self._gaps is not None:
-                self._gaps.append((gap, 0.0, 1, request.live))
+            self.hub.gaps.append((self.index, gap, request.live))
+            self._log_break(request, now)
         request.last_token = now
+
+    def _log_break(self, request: Request, resumed: float = -1.0) -> None:
+        """A preempted decode goes on: with a token at ``resumed``, or where it stopped."""
+        now = self.scheduler.now if resumed < 0 else resumed
+        self.hub.breaks.append(
+            (request.index, self.index, request.stopped, now, float(resumed >= 0))
+        )
+        request.stopped = -1.0
 
     def _enter_decode(self, request: Request, now: float) -> None:
         """The prefill stage is over and the decode stage begins on the same client."""
@@ -363,13 +385,13 @@ class LlmClient(Client):
         self._done(request, now)
 
     def _finish_decode(self, request: Request, now: float) -> None:
-        outputs = request.outputs()
-        longest = max(outputs)
+        output = request.output
         request.decode_span += now - request.stage_first
-        request.decode_gaps += longest - 1
-        request.total_emitted += sum(outputs)
-        request.prompt += longest
-        request.emitted = 0
+        request.decode_gaps += output - 1
+        request.total_emitted += sum(request.branch_outputs) or output
+        request.prompt += output
+        request.emitted = request.loaded = 0
+        request.round += 1
         self._done(request, now)
 
     def _done(self, request: Request, now: float) -> None:
@@ -378,63 +400,45 @@ class LlmClient(Client):
         self.hub.finish_stage(request, now)
 
     def stop(self, now: float) -> None:
-        """Apply the steps that ended by now; a step that is under way does not count."""
-        if self._in_step:
-            steps = self.steps_by(now)
-            if steps and self._steps > 1:
-                self._steps = steps
-                self._complete(self._start + self._duration(steps))
-        for request in self.scheduler.running:
+        """Apply the steps that ended by now; the one under way is logged as 0 steps."""
+        if not self._in_step:
+            return
+        steps = min(self.steps_by(now), self._steps - 1)
+        step_seconds = self._first + self._slope * steps
+        joules = self._joules + self._joule_slope * steps
+        start = self._start
+        if steps:
+            self._steps = steps
+            start += self._duration(steps)
+            self._complete(start)
+        self._in_step = False
+        if step_seconds > 0.0:
+            joules *= (now - start) / step_seconds
+        self.busy_seconds += now - start
+        self.step_joules += joules
+        scheduler = self.scheduler
+        row = (self.index, start, now, 0, step_seconds, 0, 0, 0, 0, 0)
+        self.hub.steps.append((*row, scheduler.queue.size, scheduler.pool.used, joules, 0, 0))
+        for request in scheduler.running:
             if not request.todo:
                 self.decodes.sync(request)
 
     # -- what routers ask
 
     def load(self, measure: str, now: float) -> float:
-        scheduler = self.scheduler
-        if measure == "requests":
-            return self.assigned
-        if measure == "prompt_tokens":
-            return scheduler.pending_prompt
-        if measure == "tokens":
-            return scheduler.pending_prompt + self.assigned
-        if measure == "kv_tokens":
-            held = scheduler.pool.used * self.limits.block_size
-            return held + self._progress(now) * self.decodes.count + scheduler.pending_prompt
-        if measure == "output_tokens":
-            return self._remaining_output(now)
-        return self._busy_for(now)
+        return load_of(self, measure, now)
 
-    def _progress(self, now: float) -> int:
+    def progress(self, now: float) -> int:
         """Decode steps of the present jump that are done but not applied yet."""
-        if not (self._in_step and self.scheduler.with_decodes):
+        if not (self._in_step and self.scheduler.with_decodes and self._steps > 1):
             return 0
         return self.steps_by(now)
-
-    def _remaining_output(self, now: float) -> float:
-        done = self._progress(now) * self.decodes.count
-        return self.scheduler.owed + self.decodes.pending_output() - done
-
-    def _busy_for(self, now: float) -> float:
-        """Predicted seconds until all that was assigned is done, at the present batch's pace."""
-        scheduler, budget = self.scheduler, self.limits.max_batched_tokens
-        seconds = 0.0
-        if scheduler.pending_prompt:
-            chunk = min(scheduler.pending_prompt, budget)
-            seconds += scheduler.pending_prompt / chunk * self.cost.price([(chunk, 0)]).seconds
-        output = self._remaining_output(now)
-        if output > 0:
-            count = max(self.decodes.count, min(self.assigned, self.limits.max_sequences), 1)
-            context = self.decodes.context or count
-            step = self.cost.price((), count, max(context, count)).seconds
-            seconds += output / count * step
-        return seconds
 
     def waiting_for(self) -> str:
         head = self.scheduler.queue.head()
         if head is None:
             return ""
         pool = self.scheduler.pool
-        return (f"request {head.index} heads a queue of {len(self.scheduler.queue)}; "
+        return (f"request {head.index} heads a queue of {self.scheduler.queue.size}; "
                 f"{pool.free} of {pool.capacity} blocks free, {len(self._outgoing)} prompts "
                 "not handed over yet")  # fmt: skip

@@ -8,16 +8,15 @@ many steps costs as much as one.
 
 from __future__ import annotations
 
-import heapq
 from abc import ABC, abstractmethod
 from bisect import bisect_left
+from heapq import heappop, heappush
 
 from fxgraft.runtime.hermes.llm.blocks import blocks_for
 from fxgraft.runtime.hermes.log import Rows
 from fxgraft.runtime.hermes.request import Request
 
-GAP_COLUMNS = ("seconds", "slope", "steps", "queries")
-"""``queries`` gaps of ``seconds + i * slope`` each, for i in 0 .. steps - 1."""
+NEVER = 1 << 62
 
 
 class Decodes(ABC):
@@ -27,18 +26,25 @@ class Decodes(ABC):
         count: query tokens of a decode step; a request with B live branches has B.
         context: keys that the next decode step reads, each query's own token included.
         clock: decode steps done so far.
+        next_end: the clock at which the first branch has emitted its last token, or earlier.
         block_size: tokens per block.
         last_end: when the last decode step ended, in seconds.
-        gaps: takes the gaps between tokens; see ``GAP_COLUMNS``.
     """
 
-    def __init__(self, block_size: int, gaps: Rows | None = None) -> None:
+    def __init__(self, block_size: int) -> None:
         self.block_size = block_size
-        self.gaps = gaps
         self.count = 0
         self.context = 0
         self.clock = 0
+        self.next_end = NEVER
         self.last_end = 0.0
+        self._rows: Rows | None = None
+        self._client = 0
+
+    def log_gaps(self, rows: Rows, client: int) -> None:
+        """Where gaps are logged that ``advance`` does not return, see ``GAP_COLUMNS``."""
+        self._rows = rows if rows.wanted else None
+        self._client = client
 
     @abstractmethod
     def join(self, request: Request) -> None:
@@ -69,7 +75,9 @@ class Decodes(ABC):
         """Blocks that these many next steps allocate."""
 
     @abstractmethod
-    def advance(self, steps: int, start: float, first: float, slope: float, end: float) -> None:
+    def advance(
+        self, steps: int, start: float, first: float, slope: float, end: float
+    ) -> tuple[float, int]:
         """The next ``steps`` decode steps have run back to back.
 
         Args:
@@ -77,11 +85,19 @@ class Decodes(ABC):
             start, end: of all of them, in seconds.
             first: duration of the first.
             slope: by how much each takes longer than the one before.
+
+        Returns:
+            The gap from the decode step before to the end of the first of these, in seconds, and
+            how many queries had it. The gaps of the others are logged.
         """
 
     @abstractmethod
-    def ended(self, now: float) -> list[tuple[Request, int]]:
-        """Take out branches that emitted their last token: the request and its freed blocks."""
+    def ended(self, now: float) -> list[tuple[Request, int, bool]]:
+        """Take out branches that emitted their last token.
+
+        Returns:
+            The request, its freed blocks, and whether it was its last branch.
+        """
 
     @abstractmethod
     def sync(self, request: Request) -> None:
@@ -95,8 +111,8 @@ class Decodes(ABC):
 class JumpingDecodes(Decodes):
     """Decodes whose bookkeeping is independent of the number of tokens."""
 
-    def __init__(self, block_size: int, gaps: Rows | None = None) -> None:
-        super().__init__(block_size, gaps)
+    def __init__(self, block_size: int) -> None:
+        super().__init__(block_size)
         # Queries by the clock (modulo the block size) at which they need a new block, twice.
         self._due = [0] * (2 * block_size)
         self._ends: list[tuple[int, int, int, Request]] = []
@@ -114,24 +130,18 @@ class JumpingDecodes(Decodes):
         self.context += branches * (request.prompt + emitted)
         self._mark(request, branches)
         self._fresh.append(request)
-        clock = self.clock - emitted
-        if branches == 1 and not request.branch_outputs:
-            self._end_sum += clock + request.output
-            heapq.heappush(
-                self._ends, (clock + request.output, request.index, request.incarnation, request)
-            )
-            return
-        for output in request.branch_outputs:
+        for output in request.branch_outputs or (request.output,):
             if output > emitted:
-                self._end_sum += clock + output
-                heapq.heappush(
-                    self._ends, (clock + output, request.index, request.incarnation, request)
-                )
+                end = self.clock - emitted + output
+                self._end_sum += end
+                heappush(self._ends, (end, request.index, request.incarnation, request))
+                if end < self.next_end:
+                    self.next_end = end
 
     def _mark(self, request: Request, branches: int) -> None:
         """Count when these queries need new blocks (negative: no more)."""
         size = self.block_size
-        own = request.emitted - 1 - (self.clock - request.joined)
+        own = request.base - 1
         if not request.branch_outputs:
             own += request.prompt
         due = (request.joined - own) % size
@@ -143,17 +153,23 @@ class JumpingDecodes(Decodes):
 
     def drop(self, request: Request) -> None:
         self.sync(request)
-        branches = request.live
-        self._mark_off(request, branches)
+        self._mark_off(request, request.live)
         request.incarnation += 1
         for output in request.outputs():
             if output > request.emitted:
                 self._end_sum -= request.joined - request.base + output
+        self._find_next_end()
 
     def _mark_off(self, request: Request, branches: int) -> None:
         self.count -= branches
         self.context -= branches * (request.prompt + request.emitted)
         self._mark(request, -branches)
+
+    def _find_next_end(self) -> None:
+        ends = self._ends
+        while ends and ends[0][2] != ends[0][3].incarnation:
+            heappop(ends)
+        self.next_end = ends[0][0] if ends else NEVER
 
     def needed(self) -> int:
         return self._due[self.clock % self.block_size]
@@ -168,7 +184,7 @@ class JumpingDecodes(Decodes):
         return decode_blocks(request, self._emitted(request), self.block_size)
 
     def jump(self, free: int, limit: int) -> int:
-        steps = min(limit, self._next_end() - self.clock)
+        steps = min(limit, self.next_end - self.clock)
         size, count = self.block_size, self.count
         if (steps // size + 1) * count <= free:
             return steps
@@ -181,55 +197,51 @@ class JumpingDecodes(Decodes):
             done += 1
         return done
 
-    def _next_end(self) -> int:
-        ends = self._ends
-        while ends[0][2] != ends[0][3].incarnation:
-            heapq.heappop(ends)
-        return ends[0][0]
-
     def allocate(self, steps: int) -> int:
         size = self.block_size
-        if steps == 1:
-            return self._due[self.clock % size]
         start = self.clock % size
+        if steps == 1:
+            return self._due[start]
         return steps // size * self.count + sum(self._due[start : start + steps % size])
 
-    def advance(self, steps: int, start: float, first: float, slope: float, end: float) -> None:
-        first_end = start + first
+    def advance(
+        self, steps: int, start: float, first: float, slope: float, end: float
+    ) -> tuple[float, int]:
+        first_end = start + first if steps > 1 else end
         gap, count = first_end - self.last_end, self.count
-        self._push_gap(self.clock + 1, gap)
-        older = count - self._greet(first_end) if self._fresh else count
-        if self.gaps is not None:
-            if older:
-                self.gaps.append((gap, 0.0, 1, older))
-            if steps > 1:
-                self.gaps.append((first + slope, slope, steps - 1, count))
-        self.clock += steps
-        self.context += steps * count
-        if steps > 1:
-            self._push_gap(self.clock, first + slope * (steps - 1))
-        self.last_end = end
-
-    def _greet(self, first_end: float) -> int:
-        """The first decode step of those that joined has ended; returns their queries."""
-        queries = 0
-        for request in self._fresh:
-            gap = first_end - request.last_token
-            if gap > request.max_gap:
-                request.max_gap = gap
-            queries += request.live
-            if self.gaps is not None:
-                self.gaps.append((gap, 0.0, 1, request.live))
-        self._fresh.clear()
-        return queries
-
-    def _push_gap(self, clock: int, gap: float) -> None:
+        clock = self.clock + 1
+        # The largest gap since any clock: later and larger ones hide those before.
         gaps, clocks = self._gaps, self._gap_clocks
         while gaps and gaps[-1] <= gap:
             gaps.pop()
             clocks.pop()
         gaps.append(gap)
         clocks.append(clock)
+        older = count - self._greet(first_end) if self._fresh else count
+        self.context += steps * count
+        self.clock += steps
+        if steps > 1:
+            last = first + slope * (steps - 1 if slope >= 0.0 else 1)
+            while gaps and gaps[-1] <= last:
+                gaps.pop()
+                clocks.pop()
+            gaps.append(last)
+            clocks.append(self.clock)
+        self.last_end = end
+        return gap, older
+
+    def _greet(self, first_end: float) -> int:
+        """The first decode step of those that joined has ended; returns their queries."""
+        queries, rows = 0, self._rows
+        for request in self._fresh:
+            gap = first_end - request.last_token
+            if gap > request.max_gap:
+                request.max_gap = gap
+            queries += request.live
+            if rows is not None:
+                rows.append((self._client, gap, request.live))
+        self._fresh.clear()
+        return queries
 
     def _settle(self, request: Request) -> None:
         """Fold the gaps after its first decode step into ``max_gap``."""
@@ -237,11 +249,11 @@ class JumpingDecodes(Decodes):
         if place < len(self._gaps) and self._gaps[place] > request.max_gap:
             request.max_gap = self._gaps[place]
 
-    def ended(self, now: float) -> list[tuple[Request, int]]:
-        found: list[tuple[Request, int]] = []
+    def ended(self, now: float) -> list[tuple[Request, int, bool]]:
+        found: list[tuple[Request, int, bool]] = []
         ends, clock = self._ends, self.clock
         while ends and ends[0][0] <= clock:
-            end, _, incarnation, request = heapq.heappop(ends)
+            end, _, incarnation, request = heappop(ends)
             if incarnation != request.incarnation:
                 continue
             self._end_sum -= end
@@ -253,7 +265,8 @@ class JumpingDecodes(Decodes):
                 self._settle(request)
                 request.incarnation += 1
                 request.last_token = now
-            found.append((request, freed))
+            found.append((request, freed, request.live == 0))
+        self._find_next_end()
         return found
 
     def sync(self, request: Request) -> None:

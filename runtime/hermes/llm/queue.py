@@ -13,16 +13,21 @@ Order = Literal["fcfs", "least_work"]
 
 
 class Queue:
-    """Waiting requests; preempted ones stand before all others, in the order of admission."""
+    """Waiting requests; preempted ones stand before all others, in the order of admission.
+
+    Attributes:
+        size: number of waiting requests.
+    """
 
     def __init__(self, order: Order = "fcfs") -> None:
         self.order = order
+        self.size = 0
         self._front: list[Request] = []
         self._line: deque[Request] = deque()
         self._heap: list[tuple[int, float, int, Request]] = []
 
     def __len__(self) -> int:
-        return len(self._front) + len(self._line) + len(self._heap)
+        return self.size
 
     def __iter__(self) -> Iterator[Request]:
         yield from reversed(self._front)
@@ -32,6 +37,7 @@ class Queue:
 
     def push(self, request: Request) -> None:
         """A new request, behind the others or by its remaining prompt tokens."""
+        self.size += 1
         if self.order == "fcfs":
             self._line.append(request)
         else:
@@ -40,6 +46,7 @@ class Queue:
 
     def push_front(self, request: Request) -> None:
         """A preempted request."""
+        self.size += 1
         self._front.append(request)
 
     def head(self) -> Request | None:
@@ -52,6 +59,7 @@ class Queue:
 
     def pop(self) -> Request:
         """Take out the head."""
+        self.size -= 1
         if self._front:
             return self._front.pop()
         if self._line:
@@ -62,10 +70,12 @@ class Queue:
         """Take out any waiting request that was not preempted; False if it is not there."""
         if request in self._line:
             self._line.remove(request)
+            self.size -= 1
             return True
         for place, entry in enumerate(self._heap):
             if entry[3] is request:
                 del self._heap[place]
+                self.size -= 1
                 heapq.heapify(self._heap)
                 return True
         return False

@@ -9,8 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from fxgraft.runtime.hermes.llm.blocks import blocks_for
-from fxgraft.runtime.hermes.llm.decodes import Decodes, decode_blocks
-from fxgraft.runtime.hermes.log import Rows
+from fxgraft.runtime.hermes.llm.decodes import NEVER, Decodes, decode_blocks
 from fxgraft.runtime.hermes.request import Request
 
 
@@ -35,8 +34,8 @@ class Branch:
 class ListedDecodes(Decodes):
     """Decodes as a list of branches; a jump is always one step."""
 
-    def __init__(self, block_size: int, gaps: Rows | None = None) -> None:
-        super().__init__(block_size, gaps)
+    def __init__(self, block_size: int) -> None:
+        super().__init__(block_size)
         self.branches: list[Branch] = []
 
     def join(self, request: Request) -> None:
@@ -50,6 +49,8 @@ class ListedDecodes(Decodes):
 
     def _recount(self) -> None:
         self.count = len(self.branches)
+        left = min((branch.output - branch.emitted for branch in self.branches), default=NEVER)
+        self.next_end = self.clock + left
         self.context = sum(branch.request.prompt + branch.emitted for branch in self.branches)
 
     def _of(self, request: Request) -> list[Branch]:
@@ -80,7 +81,9 @@ class ListedDecodes(Decodes):
     def allocate(self, steps: int) -> int:
         return self.needed()
 
-    def advance(self, steps: int, start: float, first: float, slope: float, end: float) -> None:
+    def advance(
+        self, steps: int, start: float, first: float, slope: float, end: float
+    ) -> tuple[float, int]:
         assert steps == 1
         for branch in self.branches:
             gap = end - branch.last
@@ -88,16 +91,17 @@ class ListedDecodes(Decodes):
             branch.last = end
             branch.emitted += 1
             branch.times.append(end)
-            if self.gaps is not None:
-                self.gaps.append((gap, 0.0, 1, 1))
+            if self._rows is not None:
+                self._rows.append((self._client, gap, 1))
         self.clock += 1
         self.last_end = end
         self._recount()
+        return 0.0, 0
 
-    def ended(self, now: float) -> list[tuple[Request, int]]:
+    def ended(self, now: float) -> list[tuple[Request, int, bool]]:
         done = [branch for branch in self.branches if branch.emitted >= branch.output]
         done.sort(key=lambda branch: branch.request.index)
-        found: list[tuple[Request, int]] = []
+        found: list[tuple[Request, int, bool]] = []
         for branch in done:
             request = branch.request
             freed = blocks_for(branch.kept, self.block_size)
@@ -109,7 +113,7 @@ class ListedDecodes(Decodes):
                 request.last_token = now
                 if request.branch_outputs:
                     freed += blocks_for(request.prompt, self.block_size)
-            found.append((request, freed))
+            found.append((request, freed, request.live == 0))
         self._recount()
         return found
 

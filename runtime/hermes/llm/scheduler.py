@@ -61,8 +61,12 @@ class Scheduler:
         queries: of all running requests.
         pending_prompt: prompt tokens still to compute, of all requests given to the client.
         owed: output tokens of requests that do not decode yet.
+        preempted: whether planning the present step preempted anybody.
         joined: requests that joined the decodes since the last step without a prefill here.
         swapped_tokens: tokens moved from or to the host since the last step was priced.
+        now: time of the present step, set by the client.
+        hands_over: whether requests decode elsewhere.
+        resumed: called with a request whose decode goes on after a preemption.
     """
 
     def __init__(self, limits: Limits, decodes: Decodes) -> None:
@@ -78,7 +82,12 @@ class Scheduler:
         self.pending_prompt = 0
         self.owed = 0
         self.swapped_tokens = 0
+        self.preempted = False
         self.joined: list[Request] = []
+        self.now = 0.0
+        self.hands_over = False
+        self.resumed: Callable[[Request], None] = _ignore
+        self._by_chunk = limits.admission == "chunk" or limits.strategy == "running_first"
         self.whole = limits.strategy in ("static", "continuous", "mixed")
         self.plan: Callable[[], None] = {
             "static": self._plan_static,
@@ -86,12 +95,14 @@ class Scheduler:
         }.get(limits.strategy, self._plan_together)
 
     def _plan_static(self) -> None:
+        self.preempted = False
         if not self.running:
             self._admit(self.limits.max_batched_tokens)
         self._decode_if_no_prompts()
 
     def _plan_continuous(self) -> None:
-        if self.queue.head() is not None:
+        self.preempted = False
+        if self.queue.size:
             self._admit(self.limits.max_batched_tokens)
         self._decode_if_no_prompts()
 
@@ -103,21 +114,23 @@ class Scheduler:
 
     def _plan_together(self) -> None:
         decodes = self.decodes
-        preempted = False
+        self.preempted = False
         if decodes.count and decodes.needed() > self.pool.free:
             self._make_room()
-            preempted = True
         budget = self.limits.max_batched_tokens - decodes.count
         if self.prefilling:
-            budget, more = self._continue_prompts(budget)
-            preempted |= more
-        if not preempted and (budget > 0 or self.whole) and self.queue.head() is not None:
-            self._admit(budget)
+            budget = self._continue_prompts(budget)
+        if self.queue.size:
+            if not self.preempted:
+                if budget > 0 or self.whole:
+                    self._admit(budget)
+            elif not (self.chunks or decodes.count):
+                # A step that preempted admits nobody; but without anybody there is no step.
+                self._admit(self.limits.max_batched_tokens)
         self.with_decodes = decodes.count > 0
 
-    def _continue_prompts(self, budget: int) -> tuple[int, bool]:
-        """Chunks of prompts that are under way; the budget left, and whether any was preempted."""
-        preempted = False
+    def _continue_prompts(self, budget: int) -> int:
+        """Chunks of prompts that are under way; returns the budget left."""
         for request in list(self.prefilling):
             if budget <= 0:
                 break
@@ -127,11 +140,10 @@ class Scheduler:
             end = request.computed + new
             more = prompt_blocks(request, end, self.pool.size) - request.held
             if more > 0 and not self._room_for(more, request):
-                preempted = True
                 continue
             self._take_chunk(request, new, max(more, 0))
             budget -= new
-        return budget, preempted
+        return budget
 
     def _room_for(self, blocks: int, request: Request) -> bool:
         """Preempt later requests until blocks are free; False if it came to ``request`` itself."""
@@ -180,6 +192,8 @@ class Scheduler:
         self.joined.append(request)
         self.owed -= owed_by(request)
         self.decodes.join(request)
+        if request.stopped >= 0:
+            self.resumed(request)
         return True
 
     def _start(self, request: Request) -> None:
@@ -198,34 +212,45 @@ class Scheduler:
         new = todo if self.whole else min(todo, budget)
         if new <= 0 or (new > budget and (self.chunks or not request.emitted)):
             return 0
-        end = computed + new if self.limits.admission == "chunk" else total
+        end = computed + new if self._by_chunk else total
         blocks = prompt_blocks(request, end, size) - len(hits)
         wanted = blocks
-        if self.limits.admission == "sequence":
+        if self.limits.admission == "sequence" and self._grows(request):
             wanted = final_blocks(request, size) - len(hits)
         if wanted + pool.idle_among(hits) > pool.free - self.decodes.needed():
             return 0
-        if hits:
-            pool.take(pool.share(hits))
-            request.shared = tuple(hits)
-            request.reused += len(hits) * size
+        if self.limits.prefix_cache:
+            self._share(request, hits, total)
         self._start(request)
         self.pending_prompt -= request.todo - todo
         request.todo, request.computed, request.held = todo, computed, len(hits)
+        request.skipped = computed
+        if request.lost:
+            request.recomputed += max(request.lost - computed, 0)
+            request.lost = 0
         self.prefilling.append(request)
         self._take_chunk(request, new, blocks)
         return new
+
+    def _grows(self, request: Request) -> bool:
+        """Whether it decodes here after its prompt."""
+        return not self.hands_over and (request.emitted > 0 or request.decodes_next())
 
     def _cached(self, request: Request, total: int) -> list[int]:
         """Cached blocks of a prompt; its last token is always computed."""
         if not self.limits.prefix_cache:
             return []
-        self.pool.asked_tokens += total
         hits = self.pool.match(request, (total - 1) // self.pool.size)
-        if len(hits) * self.pool.size < request.loaded:
-            return []
-        self.pool.hit_tokens += len(hits) * self.pool.size
-        return hits
+        return hits if len(hits) * self.pool.size >= request.loaded else []
+
+    def _share(self, request: Request, hits: list[int], total: int) -> None:
+        """Use cached blocks for the start of a prompt of ``total`` tokens."""
+        pool = self.pool
+        pool.take(pool.share(hits))
+        request.shared = tuple(hits)
+        request.reused += len(hits) * pool.size
+        pool.hit_tokens += len(hits) * pool.size
+        pool.asked_tokens += total
 
     def _make_room(self) -> None:
         """Preempt from the tail until every decode that is left has its next block."""
@@ -246,19 +271,21 @@ class Scheduler:
 
     def _preempt(self, request: Request) -> None:
         """Back to the front of the queue, without its blocks."""
+        self.preempted = True
         del self.running[request]
         request.state = WAITING
         self.queries -= request.live
         if request.todo:
             self.prefilling.remove(request)
             held = request.held
-            request.recomputed += request.computed - request.reused
-            request.reused = 0
+            request.lost = request.computed if request.computed > request.skipped else 0
         else:
             held = self.decodes.held_by(request)
             self.decodes.drop(request)
-            request.recomputed += request.prompt + request.live * (request.emitted - 1)
+            if not self.limits.swap:
+                request.lost = request.prompt + request.live * (request.emitted - 1)
             self.owed += owed_by(request)
+            request.stopped = self.now
         self.free(request, held)
         request.preemptions += 1
         request.loaded = request.held = request.computed = 0
@@ -283,10 +310,10 @@ class Scheduler:
         if self.limits.prefix_cache:
             self.pool.give(self.pool.publish(request, tokens))
 
-    def branch_ended(self, request: Request, blocks: int) -> None:
+    def branch_ended(self, request: Request, blocks: int, *, is_last: bool) -> None:
         """One branch of a decode has ended."""
         self.queries -= 1
-        if request.live:
+        if not is_last:
             self.pool.give(blocks)
             return
         if not request.branch_outputs:
@@ -339,3 +366,7 @@ def final_blocks(request: Request, size: int) -> int:
     return blocks_for(request.prompt, size) + sum(
         blocks_for(output, size) for output in request.branch_outputs
     )
+
+
+def _ignore(request: Request) -> None:
+    pass

@@ -47,7 +47,7 @@ def app_of(
     """A server over it."""
     tokenizer = byte_level_tokenizer()
     tokenizer.chat_template = template
-    limits = ServeOptions(**{"max_batch": engine.max_batch, **options})
+    limits = ServeOptions.model_validate({"max_batch": engine.max_batch, **options})
     return create_app(cast(Any, engine), tokenizer, MODEL, limits, keys)
 
 

@@ -1,0 +1,355 @@
+"""The Triton kernel of paged attention for one new token per row.
+
+The tokens that a row has are split among programs, each of which attends to its part for all query
+heads of one kv head; the last of them to finish adds the parts up. Source: Dao et al.,
+"Flash-Decoding for long-context inference", 2023; the online softmax is that of Milakov and
+Gimelshein, arXiv 1805.02867, algorithm 3.
+"""
+
+# Triton's language is untyped.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownParameterType=false, reportUnknownArgumentType=false
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fxgraft.kernels.launch import prefetch, wait_for_inputs
+from fxgraft.kernels.paged_attention.pages import LOWEST, entries, rotated, scaled
+from fxgraft.kernels.paged_attention.splits import (
+    add_parts,
+    finish,
+    leave_part,
+    part_of,
+    store_zeros,
+)
+
+
+@triton.jit
+def _prefetch_tokens(
+    cache,
+    table,
+    begin,
+    end,
+    page_stride,
+    token_stride,
+    blocks,
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PAGE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Bring the first TOKENS entries of a part into L2, before the table is known to be valid."""
+    LINE: tl.constexpr = 1024 // cache.dtype.element_ty.primitive_bitwidth
+    token = tl.minimum(begin + tl.arange(0, TOKENS), end - 1)
+    page = tl.load(table + token // PAGE, cache_modifier=".cg")
+    page = tl.minimum(tl.maximum(page, 0), blocks - 1).to(tl.int64)
+    LINES: tl.constexpr = (BLOCK + LINE - 1) // LINE
+    column = tl.minimum(tl.arange(0, LINES) * LINE, DIM - 1)
+    start = cache + page * page_stride + (token % PAGE) * token_stride
+    prefetch(start[:, None] + column[None, :], PDL)
+
+
+@triton.jit
+def _new_token(
+    key,
+    value,
+    key_cache,
+    value_cache,
+    table,
+    length,
+    cos,
+    sin,
+    angle,
+    is_mine,
+    key_page,
+    key_token,
+    value_page,
+    value_token,
+    PAGE: tl.constexpr,
+    ROTARY: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """The new token's rotated key [1, D] and value [D], written to the caches; 0 if not mine."""
+    column, value_column = tl.arange(0, BLOCK_D)[None, :], tl.arange(0, BLOCK_V)
+    mask = (column < HEAD_DIM) & is_mine
+    new_key = rotated(
+        key + tl.zeros((1, 1), tl.int32), column, mask, cos, sin, angle, ROTARY, INTERLEAVED
+    )
+    value_mask = (value_column < VALUE_DIM) & is_mine
+    new_value = tl.load(value + value_column, mask=value_mask, other=0.0)
+    place = entries(length, is_mine, table, key_page, key_token, PAGE)
+    tl.store(key_cache + place + column, new_key, mask=mask)
+    place = entries(length, is_mine, table, value_page, value_token, PAGE)
+    tl.store(value_cache + place + value_column, new_value, mask=value_mask)
+    return new_key, new_value.to(tl.float32)
+
+
+@triton.jit
+def _by_products(
+    query,
+    first_score,
+    first_value,
+    key_cache,
+    value_cache,
+    table,
+    begin,
+    end,
+    key_page,
+    key_token,
+    value_page,
+    value_token,
+    scale,
+    SOFTCAP: tl.constexpr,
+    PAGE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    TILE: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One query head, without tensor cores; arguments and results of ``_by_dots``.
+
+    Each place of a tile keeps a softmax of its own, so that no two threads have to agree on a
+    maximum before the end.
+    """
+    place = tl.arange(0, TILE)
+    column, value_column = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
+    wide = tl.sum(query.to(tl.float32), axis=0)
+    top = tl.where(place == 0, tl.max(first_score, axis=0), LOWEST)
+    total = tl.where(top > LOWEST, 1.0, 0.0)
+    mixed = tl.where((place == 0)[:, None], first_value[None, :], 0.0)
+    for start in tl.range(begin, end, TILE, num_stages=STAGES):
+        token = start + place
+        mask = token < end
+        keys = entries(token, mask, table, key_page, key_token, PAGE)
+        key_mask = mask[:, None] & (column < HEAD_DIM)[None, :]
+        key = tl.load(key_cache + keys[:, None] + column[None, :], mask=key_mask, other=0.0)
+        values = entries(token, mask, table, value_page, value_token, PAGE)
+        value_mask = mask[:, None] & (value_column < VALUE_DIM)[None, :]
+        value = tl.load(
+            value_cache + values[:, None] + value_column[None, :], mask=value_mask, other=0.0
+        )
+        score = scaled(tl.sum(key.to(tl.float32) * wide[None, :], axis=1), scale, SOFTCAP)
+        score = tl.where(mask, score, float("-inf"))
+        higher = tl.maximum(top, score)
+        weight, decay = tl.exp2(score - higher), tl.exp2(top - higher)
+        total = total * decay + weight
+        mixed = mixed * decay[:, None] + weight[:, None] * value.to(tl.float32)
+        top = higher
+    highest = tl.max(top, axis=0)
+    decay = tl.exp2(top - highest)
+    one = tl.zeros((1,), tl.float32)
+    mixed = tl.sum(mixed * decay[:, None], axis=0)
+    return one + highest, one + tl.sum(total * decay, axis=0), mixed[None, :]
+
+
+@triton.jit
+def _by_dots(
+    query,
+    first_score,
+    first_value,
+    key_cache,
+    value_cache,
+    table,
+    begin,
+    end,
+    key_page,
+    key_token,
+    value_page,
+    value_token,
+    scale,
+    SOFTCAP: tl.constexpr,
+    PAGE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    TILE: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """All query heads of a kv head, on the tensor cores.
+
+    Args:
+        query: [G, D], rotated.
+        first_score: [G], the logits of one token more, or LOWEST where there is none.
+        first_value: [D], its value.
+
+    Returns:
+        The largest logit [G], the sum of weights [G], and the weighted sum of values [G, D], over
+        the tokens begin..end and that one.
+    """
+    column, value_column = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
+    top = first_score
+    total = tl.where(first_score > LOWEST, 1.0, 0.0)
+    mixed = total[:, None] * first_value[None, :]
+    for start in tl.range(begin, end, TILE, num_stages=STAGES):
+        token = start + tl.arange(0, TILE)
+        mask = token < end
+        keys = entries(token, mask, table, key_page, key_token, PAGE)
+        key_mask = (column < HEAD_DIM)[:, None] & mask[None, :]
+        key = tl.load(key_cache + keys[None, :] + column[:, None], mask=key_mask, other=0.0)
+        values = entries(token, mask, table, value_page, value_token, PAGE)
+        value_mask = mask[:, None] & (value_column < VALUE_DIM)[None, :]
+        value = tl.load(
+            value_cache + values[:, None] + value_column[None, :], mask=value_mask, other=0.0
+        )
+        score = scaled(tl.dot(query, key, input_precision="ieee"), scale, SOFTCAP)
+        score = tl.where(mask[None, :], score, float("-inf"))
+        higher = tl.maximum(top, tl.max(score, axis=1))
+        weight, decay = tl.exp2(score - higher[:, None]), tl.exp2(top - higher)
+        total = total * decay + tl.sum(weight, axis=1)
+        mixed = tl.dot(
+            weight.to(value.dtype), value, mixed * decay[:, None], input_precision="ieee"
+        )
+        top = higher
+    return top, total, mixed
+
+
+@triton.jit
+def decode_kernel(
+    query,
+    key,
+    value,
+    key_cache,
+    value_cache,
+    table,
+    past,
+    cos,
+    sin,
+    sinks,
+    output,
+    partial,
+    statistics,
+    arrived,
+    query_row,
+    query_head,
+    key_row,
+    key_head,
+    value_row,
+    value_head,
+    key_page,
+    key_cache_head,
+    key_token,
+    value_page,
+    value_cache_head,
+    value_token,
+    table_row,
+    angle_row,
+    blocks,
+    pages,
+    scale,
+    GROUP: tl.constexpr,
+    PAGE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ROTARY: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    SPLITS: tl.constexpr,
+    LEAST: tl.constexpr,
+    TILE: tl.constexpr,
+    STAGES: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One split of one kv head of one row; grid (SPLITS, kv heads, rows).
+
+    Args:
+        output: [rows, heads, VALUE_DIM].
+        partial, statistics: float32, for each row, kv head, split and query head BLOCK_V sums, and
+            the largest logit and sum of weights.
+        arrived: a counter of 0 for each row and kv head.
+        *_row, *_head, *_page, *_token: strides; ``angle_row`` is that of cos and sin.
+        blocks: number of blocks in the caches.
+        pages: width of the table.
+        SPLITS: most parts of a row, a power of 2.
+        LEAST: parts are multiples of so many tokens.
+        TILE: tokens of an iteration.
+        CHUNK: parts that are read at once when they are added.
+        PREFETCH: tokens to ask for before the inputs are ready, a power of 2.
+    """
+    split, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    head = kv_head * GROUP
+    pair = row * tl.num_programs(1) + kv_head
+    table += row * table_row
+    key_cache += kv_head * key_cache_head
+    value_cache += kv_head * value_cache_head
+    output += pair * GROUP * VALUE_DIM
+    if PDL and PREFETCH > 0:
+        # Both may still be about to be written: any length that fits and any block will do.
+        guess = tl.load(past + row, cache_modifier=".cg")
+        guess = tl.minimum(tl.maximum(guess, 0), pages * PAGE)
+        begin, end, parts = part_of(guess, split, WINDOW, SPLITS, LEAST)
+        if begin < end:
+            _prefetch_tokens(
+                key_cache, table, begin, end, key_page, key_token, blocks,
+                HEAD_DIM, BLOCK_D, PAGE, PREFETCH, PDL,
+            )  # fmt: skip
+            _prefetch_tokens(
+                value_cache, table, begin, end, value_page, value_token, blocks,
+                VALUE_DIM, BLOCK_V, PAGE, PREFETCH, PDL,
+            )  # fmt: skip
+    wait_for_inputs(PDL)
+    length = tl.load(past + row)
+    begin, end, parts = part_of(length, split, WINDOW, SPLITS, LEAST)
+    if length < 0:
+        if split == 0:
+            store_zeros(output, GROUP, VALUE_DIM, BLOCK_G, BLOCK_V)
+    elif split < parts:
+        group, column = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
+        angle = tl.zeros((1, 1), tl.int64) + row * angle_row
+        queries = rotated(
+            query + row * query_row + ((head + group) * query_head)[:, None],
+            column[None, :],
+            (group < GROUP)[:, None] & (column < HEAD_DIM)[None, :],
+            cos,
+            sin,
+            angle,
+            ROTARY,
+            INTERLEAVED,
+        )
+        first_key, first_value = _new_token(
+            key + row * key_row + kv_head * key_head,
+            value + row * value_row + kv_head * value_head,
+            key_cache, value_cache, table, length, cos, sin, angle, split == 0,
+            key_page, key_token, value_page, value_token,
+            PAGE, ROTARY, INTERLEAVED, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V,
+        )  # fmt: skip
+        score = tl.sum(queries.to(tl.float32) * first_key.to(tl.float32), axis=1)
+        score = tl.where(split == 0, scaled(score, scale, SOFTCAP), LOWEST)
+        if BLOCK_G == 1:
+            top, total, mixed = _by_products(
+                queries, score, first_value, key_cache, value_cache, table, begin, end,
+                key_page, key_token, value_page, value_token, scale,
+                SOFTCAP, PAGE, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, TILE, STAGES,
+            )  # fmt: skip
+        else:
+            top, total, mixed = _by_dots(
+                queries, score, first_value, key_cache, value_cache, table, begin, end,
+                key_page, key_token, value_page, value_token, scale,
+                SOFTCAP, PAGE, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, TILE, STAGES,
+            )  # fmt: skip
+        if parts == 1:
+            finish(top, total, mixed, sinks, output, head, GROUP, VALUE_DIM, BLOCK_G, BLOCK_V)
+        elif leave_part(
+            top, total, mixed, partial, statistics, arrived, pair, split, parts,
+            GROUP, BLOCK_G, BLOCK_V, SPLITS,
+        ):  # fmt: skip
+            top, total, mixed = add_parts(
+                partial, statistics, pair, parts, GROUP, BLOCK_G, BLOCK_V, SPLITS, CHUNK
+            )
+            tl.store(arrived + pair, 0)
+            finish(top, total, mixed, sinks, output, head, GROUP, VALUE_DIM, BLOCK_G, BLOCK_V)

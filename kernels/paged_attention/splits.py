@@ -1,0 +1,104 @@
+"""Splits of a row's tokens among programs: who does what, and adding up the parts."""
+
+# Triton's language is untyped.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownParameterType=false, reportUnknownArgumentType=false
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fxgraft.kernels.paged_attention.pages import LOG2_E, LOWEST
+
+
+@triton.jit
+def part_of(length, split, WINDOW: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr):
+    """The part (begin, end) of a row's tokens that a split attends to, and the number of parts.
+
+    It follows from the row's own length alone.
+    """
+    first = 0
+    if WINDOW > 0:
+        first = tl.maximum(length + 1 - WINDOW, 0)
+    tokens = length - first
+    part = tl.cdiv(tl.cdiv(tokens, SPLITS), LEAST) * LEAST
+    parts = tl.maximum(tl.cdiv(tokens, tl.maximum(part, 1)), 1)
+    begin = first + split * part
+    return begin, tl.minimum(begin + part, length), parts
+
+
+@triton.jit
+def leave_part(
+    top, total, mixed, partial, statistics, arrived, pair, split, parts,
+    GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_V: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Store a part's sums; returns whether all the others are there too."""
+    group, column = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_V)
+    row = (pair * SPLITS + split) * GROUP + group
+    mask = group < GROUP
+    tl.store(partial + row[:, None] * BLOCK_V + column[None, :], mixed, mask=mask[:, None])
+    tl.store(statistics + row * 2, top, mask=mask)
+    tl.store(statistics + row * 2 + 1, total, mask=mask)
+    tl.debug_barrier()
+    before = tl.atomic_add(arrived + pair, 1, sem="acq_rel", scope="gpu")
+    return before == parts - 1
+
+
+@triton.jit
+def add_parts(
+    partial, statistics, pair, parts,
+    GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_V: tl.constexpr,
+    SPLITS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Largest logits, sums of weights and sums of values of all parts, in the parts' order."""
+    group, column, split = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_V), tl.arange(0, SPLITS)
+    row = pair * SPLITS * GROUP + group
+    mask = group < GROUP
+    place = row[None, :] + split[:, None] * GROUP
+    is_part = mask[None, :] & (split < parts)[:, None]
+    tops = tl.load(statistics + place * 2, mask=is_part, other=LOWEST, cache_modifier=".cg")
+    totals = tl.load(statistics + place * 2 + 1, mask=is_part, other=0.0, cache_modifier=".cg")
+    top = tl.max(tops, axis=0)
+    total = tl.sum(totals * tl.exp2(tops - top[None, :]), axis=0)
+    mixed = tl.zeros((BLOCK_G, BLOCK_V), tl.float32)
+    for start in range(0, parts, CHUNK):
+        for offset in tl.static_range(CHUNK):
+            here = row + (start + offset) * GROUP
+            shown = mask & (start + offset < parts)
+            weight = tl.load(statistics + here * 2, mask=shown, other=LOWEST, cache_modifier=".cg")
+            values = tl.load(
+                partial + here[:, None] * BLOCK_V + column[None, :],
+                mask=shown[:, None],
+                other=0.0,
+                cache_modifier=".cg",
+            )
+            mixed += values * tl.exp2(weight - top)[:, None]
+    return top, total, mixed
+
+
+@triton.jit
+def finish(
+    top, total, mixed, sinks, output, head,
+    GROUP: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Divide by the sum of weights, and store the outputs of the heads from ``head``."""
+    group, column = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_V)
+    if sinks is not None:
+        sink = tl.load(sinks + head + group, mask=group < GROUP, other=0.0).to(tl.float32)
+        total += tl.exp2(sink * LOG2_E - top)
+    mask = (group < GROUP)[:, None] & (column < VALUE_DIM)[None, :]
+    result = (mixed / total[:, None]).to(output.dtype.element_ty)
+    tl.store(output + group[:, None] * VALUE_DIM + column[None, :], result, mask=mask)
+
+
+@triton.jit
+def store_zeros(
+    output, GROUP: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """The outputs of a row without a request."""
+    group, column = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_V)
+    mask = (group < GROUP)[:, None] & (column < VALUE_DIM)[None, :]
+    zeros = tl.zeros((BLOCK_G, BLOCK_V), output.dtype.element_ty)
+    tl.store(output + group[:, None] * VALUE_DIM + column[None, :], zeros, mask=mask)

@@ -1,0 +1,1 @@
+"""System files: their sections, how they are read, and how they become clients and links."""

@@ -1,0 +1,159 @@
+"""Where a client's step prices come from, as a section of a system file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from fxgraft.cost_table import StepCostTable
+from fxgraft.errors import InputError
+from fxgraft.runtime.hermes.costs import AffineCost, StepCost
+from fxgraft.runtime.hermes.roofline import ACCELERATORS, MODELS, Efficiency, RooflineCost
+from fxgraft.runtime.hermes.section import File, Number, Positive, Section, tagged
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model on a device, as far as a client needs to know it.
+
+    Attributes:
+        cost: price of its steps.
+        model: its name; empty if the cost does not say.
+        dtype: of its weights; empty if the cost does not say.
+        kv_bytes: of keys and values per token, on all devices together.
+        state_memory: bytes for keys and values at full use of the memory, None if unknown.
+        capacity: bytes of memory.
+        block_tokens: tokens that are allocated together.
+        idle_watts: drawn between steps.
+        marks: whether steps outside the validity are counted instead of refused.
+    """
+
+    cost: StepCost
+    model: str = ""
+    dtype: str = ""
+    kv_bytes: float = 0.0
+    state_memory: float | None = None
+    capacity: float = 0.0
+    block_tokens: int = 16
+    idle_watts: float = 0.0
+    marks: bool = False
+
+
+class TableCost(Section):
+    """A step-cost table, see ``docs/cost_table.md``.
+
+    Attributes:
+        file: the table.
+        outside: what happens to steps outside its validity: ``"error"``, or ``"mark"``: they are
+            extrapolated and counted in the report.
+    """
+
+    kind: Literal["table"] = "table"
+    file: File
+    outside: Literal["error", "mark"] = "error"
+
+    def serve(self, tokens: int, sequences: int) -> Served:
+        """Load it, for steps of at most so many new tokens and sequences."""
+        return served_by(StepCostTable.load(self.file), self.outside, tokens, sequences)
+
+
+def served_by(
+    table: StepCostTable, outside: Literal["error", "mark"], tokens: int, sequences: int
+) -> Served:
+    """What a table says about a model, for steps of at most so many tokens and sequences."""
+    memory, identity = table.memory, table.identity
+    devices = identity.tensor_parallel * identity.pipeline_parallel
+    left: float | None = None
+    if memory.capacity is not None:
+        peak = memory.activations + memory.activations_per_token * tokens
+        left = memory.capacity - memory.weights - peak - memory.fixed_state * sequences
+        left *= devices
+    return Served(
+        table.pricer(outside),
+        model=identity.model,
+        dtype=identity.weights,
+        kv_bytes=float(memory.bytes_per_token * devices),
+        state_memory=left,
+        capacity=float(memory.capacity or 0) * devices,
+        block_tokens=memory.block_tokens,
+        idle_watts=(table.energy.idle_watts or 0.0) * devices,
+        marks=outside == "mark",
+    )
+
+
+class AffineSection(Section):
+    """A closed form in seconds per unit, see ``costs.AffineCost``."""
+
+    kind: Literal["affine"] = "affine"
+    base: Number = 0.0
+    prefill_token: Number = 0.0
+    sequence: Number = 0.0
+    context: Number = 0.0
+    cached_token: Number = 0.0
+    attention: Number = 0.0
+    watts: Number = 0.0
+
+    def serve(self, tokens: int, sequences: int) -> Served:
+        """The closed form."""
+        return Served(AffineCost(**self.model_dump(exclude={"kind"})))
+
+
+class RooflineSection(Section):
+    """A dense transformer on a known device, see ``roofline``.
+
+    Attributes:
+        model, device: names of ``roofline.MODELS`` and ``roofline.ACCELERATORS``.
+        weights, state: data types.
+        devices: that share every layer.
+        efficiency: share of the peaks that is reached.
+        step_seconds: of every step.
+    """
+
+    kind: Literal["roofline"] = "roofline"
+    model: str
+    device: str
+    weights: Literal["float32", "bfloat16", "float16", "float8", "int8", "float4", "int4"]
+    state: Literal["float32", "bfloat16", "float16", "float8"] = "bfloat16"
+    devices: Positive = 1
+    efficiency: Annotated[float, Field(gt=0, le=1, strict=True)] = 0.75
+    step_seconds: Number = 0.0
+
+    def serve(self, tokens: int, sequences: int) -> Served:
+        """The closed form for this model and device."""
+        for key, name, known in (
+            ("model", self.model, MODELS), ("device", self.device, ACCELERATORS),
+        ):  # fmt: skip
+            if name not in known:
+                raise InputError(f"key {key!r} of a roofline cost is {name!r}, which is not known",
+                                 f"give one of: {', '.join(known)}")  # fmt: skip
+        share = self.efficiency
+        cost = RooflineCost(
+            MODELS[self.model], ACCELERATORS[self.device], self.weights, self.state,
+            devices=self.devices,
+            efficiency=Efficiency(share, share, share, share, share, share,
+                                  step_seconds=self.step_seconds),
+        )  # fmt: skip
+        return Served(
+            cost,
+            model=self.model,
+            dtype=self.weights,
+            kv_bytes=cost.model.kv_bytes(self.state),
+            state_memory=cost.memory_for_state,
+            capacity=cost.device.memory * self.devices,
+            idle_watts=cost.idle_watts,
+        )
+
+
+def _short(value: Any) -> Any:
+    if isinstance(value, dict) and "kind" not in value:
+        return {"kind": "affine", **value}
+    return tagged(value, "table", "file")
+
+
+CostSection = Annotated[
+    Annotated[TableCost | AffineSection | RooflineSection, Field(discriminator="kind")],
+    BeforeValidator(_short),
+]
+"""A bare text is the file of a table, a mapping without ``kind`` the closed form."""

@@ -1,0 +1,114 @@
+"""Clients that serve a queue: several servers, or one server that takes all that waits at once."""
+
+from __future__ import annotations
+
+import heapq
+from abc import abstractmethod
+from collections import deque
+
+from fxgraft.runtime.hermes.client import Client, Place
+from fxgraft.runtime.hermes.request import RUNNING, WAITING, Request
+
+
+class QueueClient(Client):
+    """First come first served; a subclass says how long things take and what they change.
+
+    Args:
+        name, place, idle_watts, dollars_per_hour: see ``Client``.
+        servers: steps that run at one time.
+        batch: most requests of a step.
+        watts: drawn by a server in a step.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        servers: int = 1,
+        batch: int = 1,
+        watts: float = 0.0,
+        place: Place | None = None,
+        idle_watts: float = 0.0,
+        dollars_per_hour: float = 0.0,
+    ) -> None:
+        super().__init__(
+            name, place=place, idle_watts=idle_watts, dollars_per_hour=dollars_per_hour
+        )
+        self.servers = servers
+        self.batch = batch
+        self.watts = watts
+        self._queue: deque[Request] = deque()
+        # Steps under way: end, number, start, requests.
+        self._running: list[tuple[float, int, float, list[Request]]] = []
+        self._number = 0
+
+    @abstractmethod
+    def duration(self, requests: list[Request]) -> float:
+        """Seconds of a step; asked once per step, when it starts."""
+
+    @abstractmethod
+    def apply(self, request: Request) -> None:
+        """What the stage changes in a request, when it ends."""
+
+    def submit(self, request: Request, now: float) -> None:
+        request.state = WAITING
+        self._queue.append(request)
+        if len(self._running) < self.servers:
+            self.hub.schedule(self, now)
+
+    def withdraw(self, request: Request, now: float) -> bool:
+        if request not in self._queue:
+            return False
+        self._queue.remove(request)
+        self.forget(request)
+        return True
+
+    def on_step(self, now: float) -> None:
+        running = self._running
+        while running and running[0][0] <= now:
+            _, _, start, requests = heapq.heappop(running)
+            self._account(start, now, len(requests), 1)
+            for request in requests:
+                self.apply(request)
+                self.assigned -= 1
+                self.served += 1
+                self.hub.finish_stage(request, now)
+        while self._queue and len(running) < self.servers:
+            self._start(now)
+        if running:
+            self.hub.schedule(self, running[0][0])
+
+    def _start(self, now: float) -> None:
+        queue = self._queue
+        requests = [queue.popleft() for _ in range(min(self.batch, len(queue)))]
+        for request in requests:
+            request.state = RUNNING
+            request.started = now
+            request.queue_time += now - request.arrived
+        self._number += 1
+        end = now + self.duration(requests)
+        heapq.heappush(self._running, (end, self._number, now, requests))
+
+    def _account(self, start: float, end: float, requests: int, steps: int) -> None:
+        joules = (end - start) * self.watts
+        self.busy_seconds += end - start
+        self.step_joules += joules
+        row = (self.index, start, end, steps, end - start, 0, requests, 0, 0, 0)
+        self.hub.steps.append((*row, len(self._queue), 0, joules, 0, 0))
+
+    def stop(self, now: float) -> None:
+        for _, _, start, _ in self._running:
+            self._account(start, now, 0, 0)
+        self._running.clear()
+
+    def waiting_for(self) -> str:
+        if not self._queue:
+            return ""
+        return f"request {self._queue[0].index} heads a queue of {len(self._queue)}"
+
+    def load(self, measure: str, now: float) -> float:
+        if measure != "busy_seconds":
+            return self.assigned
+        left = sum(end - now for end, *_ in self._running)
+        mean = self.busy_seconds / self.served if self.served else 0.0
+        return (left + mean * len(self._queue)) / self.servers

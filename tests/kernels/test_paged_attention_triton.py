@@ -1,0 +1,255 @@
+"""The Triton kernels of ``fxgraft::paged_attention`` against the reference in float64."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fxgraft.kernels.paged_attention import reference
+from tests.kernels._helpers import randn
+from tests.kernels._interpreter import DEVICE, INTERPRETED, RUNS_KERNELS, prepare
+
+prepare()
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not RUNS_KERNELS, reason="there is no GPU, and this is no interpreter"),
+]
+if RUNS_KERNELS:
+    from fxgraft.kernels.paged_attention import triton as kernels
+
+ERRORS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+UNUSED = 2**30
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@dataclass
+class Call:
+    """One call: sizes, what is in the cache, options.
+
+    Attributes:
+        past: tokens before the new ones, per row; negative for no request.
+        angles: channels that rotate, 0 for none.
+    """
+
+    past: tuple[int, ...]
+    new: int = 1
+    kv_heads: int = 2
+    group: int = 1
+    head_dim: int = 64
+    value_dim: int = 0
+    page: int = 16
+    dtype: torch.dtype = torch.float32
+    angles: int = 0
+    has_sinks: bool = False
+    packed: bool = False
+    options: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    def arguments(self, seed: int = 0) -> list[Tensor | None]:
+        """Random tensors in the op's order, float64, NaN wherever nothing may be read."""
+        batch, heads = len(self.past), self.kv_heads * self.group
+        value_dim = self.value_dim or self.head_dim
+        widths = (heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * value_dim)
+        mixed = randn(batch, self.new, sum(widths), dtype=self.dtype, seed=seed)
+        parts = mixed.split(widths, 2)
+        if not self.packed:
+            parts = tuple(part.contiguous() for part in parts)
+        dims = (self.head_dim, self.head_dim, value_dim)
+        new = [
+            part.unflatten(2, (-1, dim)).transpose(1, 2)
+            for part, dim in zip(parts, dims, strict=True)
+        ]
+        table, blocks = self._table(seed)
+        caches = self._caches(blocks, table, value_dim, seed)
+        angle = randn(batch, 1, self.new, self.angles, dtype=torch.float32, seed=seed + 3)
+        turns = [angle.cos(), angle.sin()] if self.angles else [None, None]
+        sinks = randn(heads, dtype=self.dtype, seed=seed + 4) if self.has_sinks else None
+        past = torch.tensor(self.past, dtype=torch.int32)
+        return [*new, *caches, table, past, *turns, sinks]
+
+    def _first(self, past: int) -> int:
+        window = self.options.get("window")
+        return 0 if window is None else max(0, past + 1 - window)
+
+    def _table(self, seed: int) -> tuple[Tensor, int]:
+        """Blocks in any order, none where no query looks."""
+        spans = [
+            (self._first(past) // self.page, -(-(past + self.new) // self.page)) if past >= 0
+            else (0, 0)
+            for past in self.past
+        ]  # fmt: skip
+        count = sum(end - begin for begin, end in spans)
+        order = torch.randperm(count + 2, generator=torch.Generator().manual_seed(seed))
+        table = torch.full((len(self.past), max(end for _, end in spans) + 2), UNUSED)
+        used = 0
+        for row, (begin, end) in enumerate(spans):
+            table[row, begin:end] = order[used : used + end - begin]
+            used += end - begin
+        return table.to(torch.int32), count + 2
+
+    def _caches(self, blocks: int, table: Tensor, value_dim: int, seed: int) -> list[Tensor]:
+        caches: list[Tensor] = []
+        for kind, dim in enumerate((self.head_dim, value_dim)):
+            shape = (blocks, self.kv_heads, self.page, dim)
+            entries = randn(*shape, dtype=self.dtype, seed=seed + 1 + kind)
+            cache = torch.full_like(entries, math.nan)
+            for row, past in enumerate(self.past):
+                for token in range(self._first(past), past):
+                    place = int(table[row, token // self.page]), slice(None), token % self.page
+                    cache[place] = entries[place]
+            caches.append(cache)
+        return caches
+
+
+def check(call: Call, *, longest: int = -1) -> Tensor:
+    """Compare output and caches with the reference; returns the output."""
+    arguments = call.arguments()
+    options = {"scale": call.head_dim**-0.5} | call.options
+    wide = [
+        x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in arguments
+    ]
+    expected = reference.paged_attention(*wide, **options)  # pyright: ignore[reportArgumentType]
+    given: Any = [None if x is None else _copied(x) for x in arguments]
+    output = kernels.paged_attention(*given, longest_past=longest, **options)
+    assert output.transpose(1, 2).is_contiguous()
+    assert output.dtype == call.dtype
+    assert not output.isnan().any()
+    active = [past >= 0 for past in call.past]
+    assert not output[[not is_active for is_active in active]].any()
+    _assert_near(output[active], expected[active], ERRORS[call.dtype])
+    for kind in (3, 4):
+        cache, wanted = given[kind].cpu(), wide[kind]
+        assert torch.equal(cache.isnan(), wanted.isnan())
+        _assert_near(cache.nan_to_num(), wanted.nan_to_num(), ERRORS[call.dtype])
+    return output
+
+
+def _copied(x: Tensor) -> Tensor:
+    """On the device, with the same strides."""
+    copy = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=DEVICE)
+    return copy.copy_(x)
+
+
+def _assert_near(found: Tensor, expected: Tensor, error: float) -> None:
+    difference = (found.cpu().double() - expected).norm() / expected.norm()
+    assert difference < error, f"relative error {float(difference):.2e}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("head_dim", [64, 80])
+def test_step(dtype: torch.dtype, group: int, head_dim: int) -> None:
+    past = (0, 15, -1, 16, 201)
+    check(Call(past, group=group, head_dim=head_dim, dtype=dtype, angles=head_dim))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        Call((300, 30), group=2, head_dim=128, page=32),
+        Call((130,), head_dim=96, value_dim=40, kv_heads=3),
+        Call((65, 70), group=8, head_dim=256, dtype=torch.bfloat16, kv_heads=1),
+        Call((90,), group=20, kv_heads=1, value_dim=32),
+        Call((150, 64), packed=True, angles=32, options={"interleaved": True}),
+        Call((150, 64), group=3, packed=True, angles=48),
+        Call((500, 5, -3), has_sinks=True, options={"window": 129}),
+        Call((500, 5), group=4, has_sinks=True, options={"window": 64, "softcap": 2.0}),
+        Call((200, 0), group=1, options={"softcap": 1.5, "window": 1}),
+    ],
+    ids=lambda call: str(call.options or call.head_dim),
+)
+def test_step_with_rules(call: Call) -> None:
+    check(call)
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_a_rows_step_does_not_depend_on_other_rows(group: int) -> None:
+    options: dict[str, Any] = {"scale": 0.125}
+    many = Call((260, 3, -1, 700), group=group, dtype=torch.bfloat16)
+    given: Any = [None if x is None else _copied(x) for x in many.arguments()]
+    one: Any = [x if i in (3, 4) or x is None else x[:1] for i, x in enumerate(given)]
+    alone = kernels.paged_attention(*one, **options)
+    assert torch.equal(alone[0], kernels.paged_attention(*given, **options)[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("group", "past"), [(1, (0, 0)), (3, (0, -1)), (1, (0,))])
+def test_prompt_without_past(dtype: torch.dtype, group: int, past: tuple[int, ...]) -> None:
+    call = Call(past, new=19, group=group, dtype=dtype, angles=64, packed=True)
+    output = check(call, longest=0)
+    _assert_near(check(call), output.cpu().double(), ERRORS[dtype])
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        Call((100, -1, 7, 0), new=33, group=2, angles=64),
+        Call((63, 64), new=130, head_dim=80, dtype=torch.bfloat16, angles=20),
+        Call((40,), new=5, head_dim=128, value_dim=72, group=2, dtype=torch.float16, page=32),
+        Call((40, 3), new=3, head_dim=256, kv_heads=1, dtype=torch.bfloat16),
+        Call((200, 31), new=70, options={"window": 50}, has_sinks=True),
+        Call((200, 31), new=70, options={"window": 90, "softcap": 3.0}, dtype=torch.bfloat16),
+        Call((9,), new=80, options={"window": 3, "interleaved": True}, angles=32, group=2),
+        Call((0, 0), new=40, has_sinks=True),
+    ],
+    ids=lambda call: str(call.options or call.head_dim),
+)
+def test_prompt_behind_a_past(call: Call) -> None:
+    check(call, longest=max(call.past))
+
+
+def test_prompt_equals_steps() -> None:
+    """A prompt in one call, and token by token."""
+    call = Call((70, 10), new=4, group=2, angles=64, options={"window": 40})
+    options = {"scale": 0.125} | call.options
+    given: Any = [None if x is None else _copied(x) for x in call.arguments()]
+    again: Any = [None if x is None else x.clone() for x in given]
+    together = kernels.paged_attention(*given, **options)
+    for token in range(call.new):
+        new = [x[:, :, token : token + 1] for x in (*again[:3], *again[7:9])]
+        past = again[6] + token
+        step = kernels.paged_attention(
+            *new[:3], *again[3:6], past, *new[3:], again[9], **options
+        )
+        _assert_near(step, together[:, :, token : token + 1].cpu().double(), 1e-5)
+    assert torch.equal(given[3].nan_to_num(), again[3].nan_to_num())
+
+
+def test_unsupported_inputs() -> None:
+    def is_taken(*shape: int, dtype: torch.dtype = torch.float32, angles: int = 8) -> bool:
+        query = torch.empty(1, *shape, dtype=dtype)
+        return kernels.supports(query, query[:, :1], query[:, :1], torch.empty(1, 1, 1, angles))
+
+    assert is_taken(4, 1, 64)
+    assert not is_taken(4, 1, 64, dtype=torch.float64)
+    assert not is_taken(4, 1, 512)
+    assert not is_taken(4, 0, 64)
+    assert not is_taken(256, 1, 128)
+    assert not is_taken(4, 1, 64, angles=7)
+    assert not is_taken(4, 1, 64, angles=66)
+    turned = torch.empty(1, 4, 64, 2).transpose(2, 3)
+    assert not kernels.supports(turned, turned, turned, None)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="a graph is of a GPU")
+def test_step_in_a_cuda_graph() -> None:
+    """One graph serves any lengths that its table holds."""
+    call = Call((900, 33, 64), group=4, dtype=torch.bfloat16, angles=64, head_dim=64)
+    options: dict[str, Any] = {"scale": 0.125}
+    given: Any = [None if x is None else _copied(x) for x in call.arguments()]
+    eager = kernels.paged_attention(*given, **options)
+    graph = torch.cuda.CUDAGraph()
+    lengths = given[6].clone()
+    given[6].fill_(-1)
+    with torch.cuda.graph(graph):
+        output = kernels.paged_attention(*given, **options)
+    graph.replay()
+    assert not output.any()
+    given[6].copy_(lengths)
+    for _ in range(3):
+        graph.replay()
+        assert torch.equal(output, eager)
