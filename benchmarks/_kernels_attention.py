@@ -78,7 +78,7 @@ class Step:
         )  # fmt: skip
 
     def library(self, copy: int) -> Tensor:
-        """PyTorch's attention on a contiguous cache of the same size, without rotation and write."""
+        """PyTorch's attention on a contiguous cache of that size, without rotation and write."""
         shape = (self.copies, self.batch, HEADS // self.group, -1, HEAD_DIM)
         key, value = self.key_cache.view(shape)[copy], self.value_cache.view(shape)[copy]
         return scaled_dot_product_attention(
@@ -99,7 +99,7 @@ class Step:
             blocks = self.table[row].long()
             caches = (cache[blocks].float() for cache in (self.key_cache, self.value_cache))
             table = torch.arange(blocks.numel(), dtype=torch.int32, device="cuda")[None]
-            expected = by_operators(
+            expected = cast(Any, by_operators)(
                 *(part[row : row + 1].float() for part in self.new), *caches, table,
                 self.past[:1], *(angle[row : row + 1] for angle in self.angles), scale=_SCALE,
             )[0]  # fmt: skip

@@ -60,12 +60,14 @@ class Layer:
         elements = self.inner * self.features + rows * (self.inner + self.features)
         return elements * DTYPE.itemsize
 
-    def seconds(self, function: Callable[[Tensor, Tensor], Tensor], rows: int) -> float:
+    def seconds(
+        self, function: Callable[[Tensor, Tensor], Tensor], rows: int, replays: int = 5
+    ) -> float:
         """Time of one call in a CUDA graph of calls on one weight after the other."""
         x = torch.randn(rows, self.inner, dtype=DTYPE, device="cuda")
         calls = max(len(self.weights), int(_LEAST_SECONDS * 3e12 / self.bytes(rows)))
         rotated = [self.weights[i % len(self.weights)] for i in range(calls)]
-        return measure([partial(function, x, weight) for weight in rotated])
+        return measure([partial(function, x, weight) for weight in rotated], replays)
 
     def error(self, function: Callable[[Tensor, Tensor], Tensor], rows: int) -> float:
         """Relative error against float64."""
@@ -93,17 +95,21 @@ def candidates(rows: int) -> list[Config]:
     """What is tried for a number of rows."""
     found = [rule(DTYPE, 4096, 4096, rows)]
     if rows == 1:
-        tiles = [(4, 512), (4, 1024), (4, 2048), (8, 256), (8, 512), (8, 1024), (16, 256),
-                 (16, 512), (16, 1024), (32, 256), (2, 1024), (2, 2048)]  # fmt: skip
+        tiles = [(4, 1024), (4, 2048), (8, 512), (8, 1024), (16, 256), (16, 512), (32, 256)]
         return found + [
-            Config("vector", n, k, warps=warps)
-            for (n, k), warps in product(tiles, (2, 4, 8))
+            Config("vector", n, k, warps=warps, prefetch=ahead)
+            for (n, k), warps, ahead in product(tiles, (4, 8), (0, 512, 2048))
             if 16 <= n * k // (32 * warps) <= 64
         ]
-    stages = {(16, 256): 4, (32, 128): 6, (32, 256): 4, (64, 64): 6, (64, 128): 4, (128, 64): 4}
+    # Block sizes, warps, and as many stages as leave room for two programs or more.
+    tiles = {
+        (16, 256, 2): 5, (16, 512, 2): 3, (32, 128, 4): 6, (32, 256, 4): 4, (32, 512, 4): 3,
+        (64, 64, 4): 6, (64, 128, 4): 4, (128, 64, 4): 4,
+    }  # fmt: skip
     return found + [
-        Config("matrix", n, k, split, 4, stage, ahead * k)
-        for ((n, k), stage), split, ahead in product(stages.items(), (1, 2, 4, 8), (0, 2))
+        Config("matrix", n, k, split, warps, stages, ahead)
+        for ((n, k, warps), stages), split, ahead in product(tiles.items(), (1, 2, 4, 8), (0, 512))
+        if rows <= 32 or k <= 256
     ]
 
 

@@ -1,4 +1,4 @@
-"""What the Triton kernels share: programmatic dependent launch, counters, and which inputs they take.
+"""What the Triton kernels share: programmatic dependent launch, counters, layouts of inputs.
 
 Programmatic dependent launch (CUDA programming guide, section of that name) starts a kernel while
 the one before it still runs. A kernel may then read weights at once, but must call
@@ -8,6 +8,7 @@ the one before it still runs. A kernel may then read weights at once, but must c
 # Triton's language is untyped.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownParameterType=false, reportUnknownArgumentType=false
+# pyright: reportMissingParameterType=false
 
 from __future__ import annotations
 
@@ -97,6 +98,21 @@ def arrival_counters(device: torch.device, count: int) -> Tensor:
         for owner in {key, (device.index, "graphs")} - _counters.keys():
             _counters[owner] = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
     return _counters[key]
+
+
+def over(kernel: Any, *grid: int) -> Any:
+    """``kernel[grid]``: a type checker takes a kernel's definition for its call."""
+    return kernel[grid]
+
+
+def blocks_of(size: int, block: int) -> int:
+    """Blocks that hold ``size`` elements."""
+    return -(-size // block)
+
+
+def power_of_2(size: int) -> int:
+    """The smallest power of 2 that is not below ``size`` (1 for 0)."""
+    return 1 << max(size - 1, 0).bit_length()
 
 
 def row_layout(x: Tensor) -> tuple[int, int, int] | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -97,11 +97,11 @@ class TunedTable(Generic[Config]):
             "entries": {key: asdict(cast(Any, merged[key])) for key in sorted(merged)},
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=self.path.parent, delete=False
-        ) as file:
-            json.dump(document, file, indent=1)
-        Path(file.name).replace(self.path)
+        with tempfile.TemporaryDirectory(dir=self.path.parent) as folder:
+            written = Path(folder) / self.path.name
+            with written.open("w", encoding="utf-8") as file:
+                json.dump(document, file, indent=1)
+            written.replace(self.path)
 
     def _read(self, path: Path) -> dict[str, Config]:
         if not path.is_file():
@@ -125,7 +125,7 @@ class TunedTable(Generic[Config]):
 
 
 @contextmanager
-def _captured(calls: Sequence[Callable[[], object]]) -> Iterator[torch.cuda.CUDAGraph]:
+def _captured(calls: Sequence[Callable[[], object]]) -> Generator[torch.cuda.CUDAGraph]:
     graph = torch.cuda.CUDAGraph()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -50,10 +50,10 @@ class Structure(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: str = Field(
-        "flexcim", description="of this configuration", json_schema_extra={"source": "A"}
+        default="flexcim", description="of this configuration", json_schema_extra={"source": "A"}
     )
     cell: Cell = Field(
-        "gather",
+        default="gather",
         description="gather selects among M activations, pair among two, dense selects nothing",
         json_schema_extra={"source": "A"},
     )
@@ -67,22 +67,30 @@ class Structure(BaseModel):
     accumulator_bits: int = _count(32, "bit", "A", "of sums over tiles and of outputs")
     clock: float = _constant(500e6, "Hz", "A", "f", gt=0)
     double_buffered: bool = Field(
-        False, description="load the next tile while computing", json_schema_extra={"source": "A"}
+        default=False,
+        description="load the next tile while computing",
+        json_schema_extra={"source": "A"},
     )
     resident: bool = Field(
-        False,
+        default=False,
         description="every tile has its macro; weights are loaded once, before the first token",
         json_schema_extra={"source": "A"},
     )
     weight_memory: int | None = Field(
-        None,
+        default=None,
         ge=1,
         description="bytes of on-chip memory for weights; null: as much as needed (P)",
         json_schema_extra={"unit": "byte", "source": "P"},
     )
+    memory: int | None = Field(
+        default=None,
+        ge=1,
+        description="bytes for weights and state, on and off chip together; null: unknown",
+        json_schema_extra={"unit": "byte", "source": "A"},
+    )
     dram_bytes_per_cycle: float = _constant(51.2, "byte", "A", "25.6 GB/s at 500 MHz", gt=0)
     dram_overlaps: bool = Field(
-        True,
+        default=True,
         description="off-chip traffic runs beside computing",
         json_schema_extra={"source": "A"},
     )
@@ -124,7 +132,7 @@ class Transistors(BaseModel):
     distribution_bit: float = _constant(222, "", "G", "distribution, per row and bit")
     merging_bit: float = _constant(4860 / 84, "", "G", "merging, per column, sub-macro and bit")
     per_mm2: float | None = Field(
-        None,
+        default=None,
         gt=0,
         allow_inf_nan=False,
         description="density; null: areas stay transistor counts",
@@ -188,8 +196,8 @@ class Hardware(Structure):
         for prefix, record in (("", self), ("energies.", self.energies),
                                ("transistors.", self.transistors)):  # fmt: skip
             for name, field in type(record).model_fields.items():
-                extra = cast(Any, field.json_schema_extra)
-                if isinstance(extra, dict):
+                extra = cast("dict[str, Any] | None", field.json_schema_extra)
+                if extra:
                     unit, source = str(extra.get("unit", "")), str(extra["source"])
                     meaning = field.description or ""
                     rows.append((prefix + name, getattr(record, name), unit, source, meaning))

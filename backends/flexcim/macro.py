@@ -26,7 +26,7 @@ PARTS = (
     "multiply", "select", "trees", "accumulate", "merge", "partial_sums", "distribution",
     "activations", "outputs", "load", "dram", "leakage",
 )  # fmt: skip
-_FEMTO = 1e-15
+FEMTO = 1e-15
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class Layout:
         return stored * (self.hardware.weight_bits + self.index_bits)
 
     @property
-    def _replays(self) -> int:
+    def replays(self) -> int:
         return self.gemm.replays if self.hardware.cell == "pair" and self.pattern.is_sparse else 1
 
     @property
@@ -150,7 +150,7 @@ class Layout:
     def macro_cycles(self, tokens: Size) -> Size:
         """Cycles of loading and computing (section 4)."""
         load = 0 if self.pinned else self.hardware.columns
-        compute = tokens * self.hardware.token_cycles * self._replays
+        compute = tokens * self.hardware.token_cycles * self.replays
         if not self.hardware.double_buffered:
             return self.waves * (load + compute) + self.fill
         hidden = (self.waves - 1) * _largest(load, compute)
@@ -174,20 +174,20 @@ class Layout:
     def energy(self, tokens: Size) -> dict[str, Size]:
         """Joules by part (section 5)."""
         parts = {**self._compute_energy(tokens), **self._data_energy(tokens)}
-        scaled = {name: value * self.gemm.copies * _FEMTO for name, value in parts.items()}
+        scaled = {name: value * self.gemm.copies * FEMTO for name, value in parts.items()}
         unit, watts = self.hardware.energies, self.hardware.energies.leakage * self.hardware.macros
-        scaled["dram"] = self.off_chip_bytes(tokens) * 8 * unit.dram_bit * _FEMTO
+        scaled["dram"] = self.off_chip_bytes(tokens) * 8 * unit.dram_bit * FEMTO
         scaled["leakage"] = watts * self.cycles(tokens) / self.hardware.clock
         return {name: scaled[name] for name in PARTS}
 
     def _compute_energy(self, tokens: Size) -> dict[str, Size]:
         """Femtojoules of one copy that recur with every input bit, and of adding up."""
         hardware, unit = self.hardware, self.hardware.energies
-        beats = tokens * hardware.token_cycles * self._replays
+        beats = tokens * hardware.token_cycles * self.replays
         weights = self.compressed * self.gemm.outputs
         add_and_keep = unit.full_adder + unit.register_bit
         width = self.accumulator_width
-        serial = hardware.bits_per_cycle < hardware.activation_bits
+        serial = int(hardware.bits_per_cycle < hardware.activation_bits)
         sums = tokens * self.gemm.outputs
         return {
             "multiply": beats * weights * self._multiplier * unit.activity,
@@ -198,7 +198,7 @@ class Layout:
             "merge": sums * self.row_tiles * (self.merge - 1) * (width + 1) * add_and_keep,
             "partial_sums": sums * (self.row_tiles - 1) * hardware.accumulator_bits * add_and_keep,
             "distribution": beats * self.column_tiles * self.compressed * 4
-            * unit.multiplexer_4 * unit.activity * (self.pattern != DENSE),
+            * unit.multiplexer_4 * unit.activity * int(self.pattern != DENSE),
         }  # fmt: skip
 
     def _data_energy(self, tokens: Size) -> dict[str, Size]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -107,7 +107,7 @@ def map_gemm(
     chosen = _first_least(_KEYS[objective](cycles, joules))
     every = np.arange(len(points))
     return Mapped(
-        tuple(found[index] for index in chosen),
+        tuple(found[int(index)] for index in cast("list[int]", chosen.tolist())),
         cycles[chosen, every],
         {part: _stack((e[part] for e in energies), points)[chosen, every] for part in PARTS},
         _stack((layout.off_chip_bytes(points) for layout in found), points)[chosen, every],

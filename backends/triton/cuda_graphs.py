@@ -18,7 +18,7 @@ class GraphCapture:
     """
 
     def __init__(self) -> None:
-        self._pool: Any = None
+        self._anchor: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """Capture; the result's tensor is overwritten by each call."""
@@ -30,13 +30,19 @@ class GraphCapture:
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool()):
             result = step()
-        if self._pool is None:
-            self._pool = graph.pool()
 
         def replay() -> Tensor:
             graph.replay()
             return result
 
         return replay
+
+    def _pool(self) -> Any:
+        """The pool of all graphs; an empty graph keeps it alive when the others are gone."""
+        if self._anchor is None:
+            self._anchor = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._anchor):
+                torch.zeros(1, device="cuda")
+        return self._anchor.pool()

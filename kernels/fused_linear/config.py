@@ -27,7 +27,8 @@ class Config:
         split_k: programs that share a block of weight rows, each with its part of the features.
         warps: warps of a program.
         stages: iterations whose loads are in flight (``"matrix"``).
-        prefetch: input features that a program asks for before its inputs are ready.
+        prefetch: input features, a power of 2, that a program asks for before its inputs are
+            ready: its first ones, or for ``"vector"`` those after its first block.
     """
 
     kernel: Literal["vector", "matrix", "library"]

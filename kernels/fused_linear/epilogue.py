@@ -1,29 +1,17 @@
-"""What the Triton kernels of fused linear layers begin and end with."""
+"""What the Triton kernels of fused linear layers end with."""
 
 # Triton's language is untyped.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownParameterType=false, reportUnknownArgumentType=false
+# pyright: reportMissingParameterType=false
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
+from fxgraft.kernels.fused_linear.weights import weight_rows
 from fxgraft.kernels.gated_activation.triton import activate
-
-
-@triton.jit
-def weight_rows(block, features, ACTIVATION: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The weight rows [BLOCK_N] of a block.
-
-    With an activation, rows of gate and up alternate, so that a block has both of its outputs.
-    Rows past the end repeat the last: their loads need no mask.
-    """
-    index = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    if ACTIVATION is not None:
-        index = tl.minimum(index, features - 1)
-        index = (index % 2) * (features // 2) + index // 2
-    return tl.minimum(index, features - 1)
 
 
 @triton.jit
@@ -58,7 +46,7 @@ def finish(
     if bias is not None:
         weight_row = weight_rows(block, features, ACTIVATION, BLOCK_N)
         product += tl.load(bias + weight_row).to(tl.float32)[None, :]
-    if ACTIVATION is not None:
+    if ACTIVATION is not None:  # pyright: ignore[reportUnnecessaryComparison]
         width = features // 2
         column = block * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
         gate, up = tl.split(tl.reshape(product, (product.shape[0], BLOCK_N // 2, 2)))

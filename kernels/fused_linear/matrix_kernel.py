@@ -3,24 +3,16 @@
 # Triton's language is untyped.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownParameterType=false, reportUnknownArgumentType=false
+# pyright: reportMissingParameterType=false
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from fxgraft.kernels.fused_linear.epilogue import finish, weight_rows
-from fxgraft.kernels.launch import prefetch, wait_for_inputs
-
-
-@triton.jit
-def _prefetch_weights(weight, weight_row, begin, inner, PREFETCH: tl.constexpr, PDL: tl.constexpr):
-    """Bring a program's first PREFETCH input features of its weight rows into L2."""
-    LINE: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth
-    if PREFETCH >= LINE:
-        k = begin + tl.arange(0, PREFETCH // LINE) * LINE
-        k = tl.minimum(k, inner - 1)
-        prefetch(weight + weight_row.to(tl.int64)[:, None] * inner + k[None, :], PDL)
+from fxgraft.kernels.fused_linear.epilogue import finish
+from fxgraft.kernels.fused_linear.weights import prefetch_weights, weight_rows
+from fxgraft.kernels.launch import wait_for_inputs
 
 
 @triton.jit
@@ -108,7 +100,7 @@ def _add_splits(
     return is_last, total, squares
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def matrix_kernel(
     x,
     weight,
@@ -140,7 +132,7 @@ def matrix_kernel(
     row = tl.arange(0, BLOCK_R)
     part = tl.cdiv(tl.cdiv(inner, BLOCK_K), SPLIT_K) * BLOCK_K
     begin, end = split * part, tl.minimum((split + 1) * part, inner)
-    _prefetch_weights(weight, weight_row, begin, inner, PREFETCH, PDL)
+    prefetch_weights(weight, weight_row, begin, inner, PREFETCH, PDL)
     wait_for_inputs(PDL)
     total, squares = _multiply(
         x,

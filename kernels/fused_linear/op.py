@@ -24,6 +24,8 @@ Raises:
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -149,7 +151,7 @@ def _cuda(
 ) -> Tensor:
     from fxgraft.kernels.fused_linear import triton
 
-    options = {"eps": eps, "norm_offset": norm_offset, "activation": activation}
+    options: dict[str, Any] = {"eps": eps, "norm_offset": norm_offset, "activation": activation}
     config = triton.config_for(x, weight, normalises=eps is not None)
     if config is None:
         return _fused_linear(x, weight, bias, norm_weight, residual, **options)

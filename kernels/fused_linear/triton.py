@@ -3,18 +3,18 @@
 # Triton's language is untyped.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownParameterType=false, reportUnknownArgumentType=false
+# pyright: reportMissingParameterType=false
 
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from fxgraft.kernels.fused_linear import config as configs
 from fxgraft.kernels.fused_linear.config import Config
 from fxgraft.kernels.fused_linear.matrix_kernel import matrix_kernel
 from fxgraft.kernels.fused_linear.vector_kernel import vector_kernel
-from fxgraft.kernels.launch import DTYPES, arrival_counters, launch_options
+from fxgraft.kernels.launch import DTYPES, arrival_counters, blocks_of, launch_options, over
 
 # A product of float16 numbers before they are normalised could overflow.
 _NORMALISES_LATER = {torch.bfloat16: 16, torch.float16: 1, torch.float32: 16}
@@ -77,13 +77,14 @@ def _launch_vector(
 ) -> None:
     weight = tensors[1]
     assert weight is not None
-    vector_kernel[(triton.cdiv(numbers[0], config.block_n),)](
+    over(vector_kernel, blocks_of(numbers[0], config.block_n))(
         *tensors,
         *numbers,
         NORM=norm,
         ACTIVATION=activation,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
+        PREFETCH=config.prefetch,
         num_warps=config.warps,
         **launch_options(weight.device),
     )
@@ -100,13 +101,13 @@ def _launch_matrix(
     weight = tensors[1]
     assert weight is not None
     features, inner, _, _ = numbers
-    blocks, block_r = triton.cdiv(features, config.block_n), max(16, configs.bucket_of(rows))
+    blocks, block_r = blocks_of(features, config.block_n), max(16, configs.bucket_of(rows))
     partial = arrived = None
     if config.split_k > 1:
         size = blocks * config.split_k * block_r * (config.block_n + 1)
         partial = torch.empty(size, dtype=torch.float32, device=weight.device)
         arrived = arrival_counters(weight.device, blocks)
-    matrix_kernel[(blocks, config.split_k)](
+    over(matrix_kernel, blocks, config.split_k)(
         *tensors,
         partial,
         arrived,

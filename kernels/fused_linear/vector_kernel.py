@@ -3,13 +3,15 @@
 # Triton's language is untyped.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownParameterType=false, reportUnknownArgumentType=false
+# pyright: reportMissingParameterType=false
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from fxgraft.kernels.fused_linear.epilogue import finish, weight_rows
+from fxgraft.kernels.fused_linear.epilogue import finish
+from fxgraft.kernels.fused_linear.weights import prefetch_weights, weight_rows
 from fxgraft.kernels.launch import wait_for_inputs
 
 
@@ -29,6 +31,7 @@ def vector_kernel(
     ACTIVATION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """BLOCK_N of the N = ``features`` weight rows times x [K = ``inner``].
@@ -40,6 +43,7 @@ def vector_kernel(
     k = tl.arange(0, BLOCK_K)
     pointers = weight + row.to(tl.int64)[:, None] * inner + k[None, :]
     tile = tl.load(pointers, mask=(k < inner)[None, :], other=0.0, eviction_policy="evict_first")
+    prefetch_weights(weight, row, BLOCK_K, inner, PREFETCH, PDL)
     wait_for_inputs(PDL)
     total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     squares = tl.zeros((BLOCK_K,), tl.float32)

@@ -3,6 +3,7 @@
 # Triton's language is untyped.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownParameterType=false, reportUnknownArgumentType=false
+# pyright: reportMissingParameterType=false
 
 from __future__ import annotations
 
@@ -12,7 +13,14 @@ import triton.language as tl
 from torch import Tensor
 
 from fxgraft.kernels.gated_activation.reference import ACTIVATIONS
-from fxgraft.kernels.launch import DTYPES, launch_options, row_layout, wait_for_inputs
+from fxgraft.kernels.launch import (
+    DTYPES,
+    blocks_of,
+    launch_options,
+    over,
+    row_layout,
+    wait_for_inputs,
+)
 
 _BLOCK = 1024
 
@@ -89,8 +97,7 @@ def gated_activation(gate: Tensor, up: Tensor, *, activation: str) -> Tensor:
     assert layouts[1] is not None
     width = gate.shape[-1]
     output = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    grid = (gate.numel() // width, triton.cdiv(width, _BLOCK))
-    gated_activation_kernel[grid](
+    over(gated_activation_kernel, gate.numel() // width, blocks_of(width, _BLOCK))(
         gate,
         up,
         output,

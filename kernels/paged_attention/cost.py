@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import cast
+
+import sympy  # pyright: ignore[reportMissingTypeStubs]
 from torch.fx import Node
 
 from fxgraft.kernels.spec import Expr, argument, dims
@@ -16,6 +19,6 @@ def flops(node: Node) -> Expr:
     value_dim = dims(argument(node, "value"))[3]
     keys = dims(argument(node, "table"))[1] * dims(argument(node, "key_cache"))[2]
     window = argument(node, "window")
-    if isinstance(window, int) and keys.is_Integer:
-        keys = min(keys, type(keys)(window))
+    if isinstance(window, int):
+        keys = cast(Expr, sympy.Min(keys, window))
     return 2 * batch * heads * length * keys * (head_dim + value_dim)

@@ -9,6 +9,8 @@ Gimelshein, arXiv 1805.02867, algorithm 3.
 # Triton's language is untyped.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownParameterType=false, reportUnknownArgumentType=false
+# pyright: reportMissingParameterType=false, reportGeneralTypeIssues=false
+# pyright: reportIndexIssue=false
 
 from __future__ import annotations
 
@@ -126,13 +128,15 @@ def _by_products(
     top = tl.where(place == 0, tl.max(first_score, axis=0), LOWEST)
     total = tl.where(top > LOWEST, 1.0, 0.0)
     mixed = tl.where((place == 0)[:, None], first_value[None, :], 0.0)
+    page = tl.load(table + (begin + place) // PAGE, mask=begin + place < end, other=0)
     for start in tl.range(begin, end, TILE, num_stages=STAGES):
         token = start + place
         mask = token < end
-        keys = entries(token, mask, table, key_page, key_token, PAGE)
+        keys = page.to(tl.int64) * key_page + (token % PAGE) * key_token
+        values = page.to(tl.int64) * value_page + (token % PAGE) * value_token
+        page = tl.load(table + (token + TILE) // PAGE, mask=token + TILE < end, other=0)
         key_mask = mask[:, None] & (column < HEAD_DIM)[None, :]
         key = tl.load(key_cache + keys[:, None] + column[None, :], mask=key_mask, other=0.0)
-        values = entries(token, mask, table, value_page, value_token, PAGE)
         value_mask = mask[:, None] & (value_column < VALUE_DIM)[None, :]
         value = tl.load(
             value_cache + values[:, None] + value_column[None, :], mask=value_mask, other=0.0
@@ -190,13 +194,16 @@ def _by_dots(
     top = first_score
     total = tl.where(first_score > LOWEST, 1.0, 0.0)
     mixed = total[:, None] * first_value[None, :]
+    place = tl.arange(0, TILE)
+    page = tl.load(table + (begin + place) // PAGE, mask=begin + place < end, other=0)
     for start in tl.range(begin, end, TILE, num_stages=STAGES):
-        token = start + tl.arange(0, TILE)
+        token = start + place
         mask = token < end
-        keys = entries(token, mask, table, key_page, key_token, PAGE)
+        keys = page.to(tl.int64) * key_page + (token % PAGE) * key_token
+        values = page.to(tl.int64) * value_page + (token % PAGE) * value_token
+        page = tl.load(table + (token + TILE) // PAGE, mask=token + TILE < end, other=0)
         key_mask = (column < HEAD_DIM)[:, None] & mask[None, :]
         key = tl.load(key_cache + keys[None, :] + column[:, None], mask=key_mask, other=0.0)
-        values = entries(token, mask, table, value_page, value_token, PAGE)
         value_mask = mask[:, None] & (value_column < VALUE_DIM)[None, :]
         value = tl.load(
             value_cache + values[:, None] + value_column[None, :], mask=value_mask, other=0.0
@@ -254,6 +261,7 @@ def decode_kernel(
     INTERLEAVED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
+    HEADS: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -275,6 +283,7 @@ def decode_kernel(
         *_row, *_head, *_page, *_token: strides; ``angle_row`` is that of cos and sin.
         blocks: number of blocks in the caches.
         pages: width of the table.
+        HEADS, BLOCK_G: query heads of a kv head, as a power of 2 and as the tensor cores take them.
         SPLITS: most parts of a row, a power of 2.
         LEAST: parts are multiples of so many tokens.
         TILE: tokens of an iteration.
@@ -348,8 +357,8 @@ def decode_kernel(
             top, total, mixed, partial, statistics, arrived, pair, split, parts,
             GROUP, BLOCK_G, BLOCK_V, SPLITS,
         ):  # fmt: skip
-            top, total, mixed = add_parts(
-                partial, statistics, pair, parts, GROUP, BLOCK_G, BLOCK_V, SPLITS, CHUNK
-            )
+            add_parts(
+                partial, statistics, pair, parts, sinks, output, head,
+                GROUP, VALUE_DIM, HEADS, BLOCK_V, SPLITS, CHUNK,
+            )  # fmt: skip
             tl.store(arrived + pair, 0)
-            finish(top, total, mixed, sinks, output, head, GROUP, VALUE_DIM, BLOCK_G, BLOCK_V)

@@ -3,6 +3,7 @@
 # Triton's language is untyped.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownParameterType=false, reportUnknownArgumentType=false
+# pyright: reportMissingParameterType=false
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -27,7 +29,7 @@ def paged_attention(
     interleaved: bool = False,
     longest_past: int = -1,
 ) -> Tensor:
-    """Attend and write; arguments and result are those of ``fxgraft.kernels.paged_attention.op``."""
+    """Attend and write; arguments and result are those of the op in ``op.py``."""
     query, key = rotate(query, key, cos, sin, interleaved)
     output = attend(
         query,
@@ -103,7 +105,7 @@ def empty_output(query: Tensor, value: Tensor) -> Tensor:
 
 def lengths(past: Tensor) -> list[int]:
     """``past`` as Python numbers."""
-    return [int(length) for length in past.tolist()]  # pyright: ignore[reportUnknownMemberType]
+    return cast("list[int]", past.tolist())  # pyright: ignore[reportUnknownMemberType]
 
 
 def read(cache: Tensor, blocks: Tensor, first: int, end: int) -> Tensor:
@@ -116,7 +118,7 @@ def read(cache: Tensor, blocks: Tensor, first: int, end: int) -> Tensor:
 
 
 def write(new: Tensor, cache: Tensor, table: Tensor, past: Tensor) -> None:
-    """Put the entries [B, H, S, D] of new tokens behind those that a row has; inactive rows none."""
+    """Put the entries [B, H, S, D] of new tokens behind those of each row that is active."""
     size = cache.shape[2]
     active = past >= 0
     index = past[active, None].long() + torch.arange(new.shape[2], device=past.device)

@@ -3,6 +3,7 @@
 # Triton's language is untyped.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownParameterType=false, reportUnknownArgumentType=false
+# pyright: reportMissingParameterType=false
 
 from __future__ import annotations
 
@@ -46,38 +47,6 @@ def leave_part(
 
 
 @triton.jit
-def add_parts(
-    partial, statistics, pair, parts,
-    GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_V: tl.constexpr,
-    SPLITS: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """Largest logits, sums of weights and sums of values of all parts, in the parts' order."""
-    group, column, split = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_V), tl.arange(0, SPLITS)
-    row = pair * SPLITS * GROUP + group
-    mask = group < GROUP
-    place = row[None, :] + split[:, None] * GROUP
-    is_part = mask[None, :] & (split < parts)[:, None]
-    tops = tl.load(statistics + place * 2, mask=is_part, other=LOWEST, cache_modifier=".cg")
-    totals = tl.load(statistics + place * 2 + 1, mask=is_part, other=0.0, cache_modifier=".cg")
-    top = tl.max(tops, axis=0)
-    total = tl.sum(totals * tl.exp2(tops - top[None, :]), axis=0)
-    mixed = tl.zeros((BLOCK_G, BLOCK_V), tl.float32)
-    for start in range(0, parts, CHUNK):
-        for offset in tl.static_range(CHUNK):
-            here = row + (start + offset) * GROUP
-            shown = mask & (start + offset < parts)
-            weight = tl.load(statistics + here * 2, mask=shown, other=LOWEST, cache_modifier=".cg")
-            values = tl.load(
-                partial + here[:, None] * BLOCK_V + column[None, :],
-                mask=shown[:, None],
-                other=0.0,
-                cache_modifier=".cg",
-            )
-            mixed += values * tl.exp2(weight - top)[:, None]
-    return top, total, mixed
-
-
-@triton.jit
 def finish(
     top, total, mixed, sinks, output, head,
     GROUP: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -90,6 +59,38 @@ def finish(
     mask = (group < GROUP)[:, None] & (column < VALUE_DIM)[None, :]
     result = (mixed / total[:, None]).to(output.dtype.element_ty)
     tl.store(output + group[:, None] * VALUE_DIM + column[None, :], result, mask=mask)
+
+
+@triton.jit
+def add_parts(
+    partial, statistics, pair, parts, sinks, output, head,
+    GROUP: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_V: tl.constexpr,
+    SPLITS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Add up the parts, in an order that is always the same, and store the outputs."""
+    group, column, split = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_V), tl.arange(0, SPLITS)
+    row = pair * SPLITS * GROUP + group
+    mask = group < GROUP
+    place = row[None, :] + split[:, None] * GROUP
+    is_part = mask[None, :] & (split < parts)[:, None]
+    tops = tl.load(statistics + place * 2, mask=is_part, other=LOWEST, cache_modifier=".cg")
+    totals = tl.load(statistics + place * 2 + 1, mask=is_part, other=0.0, cache_modifier=".cg")
+    top = tl.max(tops, axis=0)
+    total = tl.sum(totals * tl.exp2(tops - top[None, :]), axis=0)
+    mixed = tl.zeros((BLOCK_G, BLOCK_V), tl.float32)
+    for start in range(0, parts, CHUNK):
+        some = start + tl.arange(0, CHUNK)
+        here = row[None, :] + some[:, None] * GROUP
+        shown = mask[None, :] & (some < parts)[:, None]
+        weight = tl.load(statistics + here * 2, mask=shown, other=LOWEST, cache_modifier=".cg")
+        values = tl.load(
+            partial + here[:, :, None] * BLOCK_V + column[None, None, :],
+            mask=shown[:, :, None],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        mixed += tl.sum(values * tl.exp2(weight - top[None, :])[:, :, None], axis=0)
+    finish(top, total, mixed, sinks, output, head, GROUP, VALUE_DIM, BLOCK_G, BLOCK_V)
 
 
 @triton.jit

@@ -3,6 +3,7 @@
 # Triton's language is untyped.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownParameterType=false, reportUnknownArgumentType=false
+# pyright: reportMissingParameterType=false
 
 from __future__ import annotations
 
@@ -10,11 +11,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from fxgraft.kernels.launch import DTYPES, arrival_counters, launch_options
+from fxgraft.kernels.launch import (
+    DTYPES,
+    arrival_counters,
+    blocks_of,
+    launch_options,
+    over,
+    power_of_2,
+)
 from fxgraft.kernels.paged_attention import reference
 from fxgraft.kernels.paged_attention.config import decode_config, prefill_config
 from fxgraft.kernels.paged_attention.decode_kernel import decode_kernel
@@ -24,6 +31,8 @@ _WIDEST = 256
 # Query heads of a kv head times channels: what a program holds in registers.
 _LARGEST_GROUP = 128 * 128
 _ROTATED_AT_ONCE = 4096
+# Floats: 64 registers of each thread of four warps.
+_ADDED_AT_ONCE = 8192
 
 
 @dataclass(frozen=True)
@@ -57,7 +66,7 @@ def supports(query: Tensor, key: Tensor, value: Tensor, cos: Tensor | None) -> b
     group, widest = query.shape[1] // key.shape[1], max(query.shape[3], value.shape[3])
     if query.dtype not in DTYPES or query.numel() == 0 or widest > _WIDEST:
         return False
-    if group * triton.next_power_of_2(widest) > _LARGEST_GROUP:
+    if group * power_of_2(widest) > _LARGEST_GROUP:
         return False
     if any(tensor.stride(-1) != 1 for tensor in (query, key, value)):
         return False
@@ -115,8 +124,8 @@ def _sizes(inputs: _Inputs) -> dict[str, Any]:
         "PAGE": inputs.key_cache.shape[2],
         "HEAD_DIM": head_dim,
         "VALUE_DIM": value_dim,
-        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
-        "BLOCK_V": max(16, triton.next_power_of_2(value_dim)),
+        "BLOCK_D": max(16, power_of_2(head_dim)),
+        "BLOCK_V": max(16, power_of_2(value_dim)),
     }
 
 
@@ -136,18 +145,18 @@ def _decode(inputs: _Inputs, rules: _Rules) -> Tensor:
     kv_heads = key.shape[1]
     group = heads // kv_heads
     sizes = _sizes(inputs)
-    block_g = 1 if group == 1 else max(16, triton.next_power_of_2(group))
+    block_g = 1 if group == 1 else max(16, power_of_2(group))
     block_v = sizes["BLOCK_V"]
     config = decode_config(query.dtype, kv_heads, group, max(sizes["BLOCK_D"], block_v))
     # A table that holds less than every split's least part never needs all splits.
-    most = triton.cdiv(inputs.table.shape[1] * sizes["PAGE"], config.least)
-    splits = min(config.splits, triton.next_power_of_2(max(most, 1)))
+    most = blocks_of(inputs.table.shape[1] * sizes["PAGE"], config.least)
+    splits = min(config.splits, power_of_2(max(most, 1)))
     output = reference.empty_output(query, value)
     sums = batch * heads * splits
     partial = torch.empty(sums * block_v, dtype=torch.float32, device=query.device)
     statistics = torch.empty(sums * 2, dtype=torch.float32, device=query.device)
     angle_strides, angle_options = _angles(inputs, rules.interleaved)
-    decode_kernel[(splits, kv_heads, batch)](
+    over(decode_kernel, splits, kv_heads, batch)(
         query, key, value, *caches, inputs.table, inputs.past,
         inputs.cos, inputs.sin, inputs.sinks, output, partial, statistics,
         arrival_counters(query.device, batch * kv_heads),
@@ -158,12 +167,13 @@ def _decode(inputs: _Inputs, rules: _Rules) -> Tensor:
         GROUP=group,
         WINDOW=rules.window or 0,
         SOFTCAP=rules.softcap,
+        HEADS=power_of_2(group),
         BLOCK_G=block_g,
         SPLITS=splits,
         LEAST=config.least,
         TILE=config.tile,
         STAGES=config.stages,
-        CHUNK=max(2, min(splits, 8192 // (block_g * block_v), 16)),
+        CHUNK=max(1, min(splits, _ADDED_AT_ONCE // (power_of_2(group) * block_v))),
         PREFETCH=config.prefetch,
         num_warps=config.warps,
         **sizes,
@@ -205,7 +215,7 @@ def _prefill(inputs: _Inputs, rules: _Rules) -> Tensor:
     sizes = _sizes(inputs)
     caches = inputs.key_cache, inputs.value_cache
     config = prefill_config(query.dtype, tokens, max(sizes["BLOCK_D"], sizes["BLOCK_V"]))
-    prefill_kernel[(triton.cdiv(tokens, config.block_m), heads, batch)](
+    over(prefill_kernel, blocks_of(tokens, config.block_m), heads, batch)(
         query, *caches, inputs.table, inputs.past, inputs.sinks, output,
         *query.stride()[:3], *caches[0].stride()[:3], *caches[1].stride()[:3],
         inputs.table.stride(0), tokens, rules.scale,
@@ -234,9 +244,9 @@ def _write(inputs: _Inputs, rules: _Rules, *, keeps_key: bool) -> tuple[Tensor, 
     sizes = _sizes(inputs)
     angle_strides, angle_options = _angles(inputs, rules.interleaved)
     block_s = max(1, _ROTATED_AT_ONCE // max(sizes["BLOCK_D"], sizes["BLOCK_V"]))
-    block_s = min(block_s, triton.next_power_of_2(tokens))
-    grid = (triton.cdiv(tokens, block_s), 2 * kv_heads + (heads if rotates else 0), batch)
-    write_kernel[grid](
+    block_s = min(block_s, power_of_2(tokens))
+    grid = (blocks_of(tokens, block_s), 2 * kv_heads + (heads if rotates else 0), batch)
+    over(write_kernel, *grid)(
         query, key, value, *caches, inputs.table, inputs.past, inputs.cos, inputs.sin,
         new_query, new_key,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],

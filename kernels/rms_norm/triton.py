@@ -3,6 +3,7 @@
 # Triton's language is untyped.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownParameterType=false, reportUnknownArgumentType=false
+# pyright: reportMissingParameterType=false
 
 from __future__ import annotations
 
@@ -11,7 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fxgraft.kernels.launch import DTYPES, launch_options, row_layout, wait_for_inputs
+from fxgraft.kernels.launch import (
+    DTYPES,
+    blocks_of,
+    launch_options,
+    over,
+    power_of_2,
+    row_layout,
+    wait_for_inputs,
+)
 
 _WIDEST = 1 << 15
 _TILE = 2048
@@ -70,9 +79,9 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, *, eps: float, offset: flo
     width, rows = x.shape[-1], x.numel() // x.shape[-1]
     dtype = x.dtype if weight is None else torch.promote_types(x.dtype, weight.dtype)
     output = torch.empty(x.shape, dtype=dtype, device=x.device)
-    block = triton.next_power_of_2(width)
-    rows_per_program = max(1, min(_TILE // block, triton.next_power_of_2(rows)))
-    rms_norm_kernel[(triton.cdiv(rows, rows_per_program),)](
+    block = power_of_2(width)
+    rows_per_program = max(1, min(_TILE // block, power_of_2(rows)))
+    over(rms_norm_kernel, blocks_of(rows, rows_per_program))(
         x,
         weight,
         output,

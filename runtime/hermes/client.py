@@ -78,6 +78,7 @@ class Client(ABC):
         index: position among the system's clients; breaks ties.
         hub: the coordinator.
         epoch: number of the valid step event; older ones are stale.
+        steps_run: number of its steps.
         busy_seconds: time spent in steps, of all servers together.
         step_joules: energy of its steps.
         served: stages that it finished.
@@ -98,20 +99,21 @@ class Client(ABC):
         idle_watts: float = 0.0,
         dollars_per_hour: float = 0.0,
     ) -> None:
-        self.index = -1
+        self.index: int = -1
         self.name = name
         self.place = place or Place()
         self.idle_watts = idle_watts
         self.dollars_per_hour = dollars_per_hour
-        self.epoch = 0
-        self.busy_seconds = 0.0
-        self.step_joules = 0.0
-        self.served = 0
-        self.assigned = 0
-        self.servers = 1
-        self.marked_steps = 0
-        self.kv_bytes = 0.0
-        self.vector_bytes = 0.0
+        self.epoch: int = 0
+        self.steps_run: int = 0
+        self.busy_seconds: float = 0.0
+        self.step_joules: float = 0.0
+        self.served: int = 0
+        self.assigned: int = 0
+        self.servers: int = 1
+        self.marked_steps: int = 0
+        self.kv_bytes: float = 0.0
+        self.vector_bytes: float = 0.0
         self.hub: Hub
 
     def attach(self, index: int, hub: Hub) -> None:
@@ -151,10 +153,10 @@ class Client(ABC):
         """A request that was expected, or withdrawn, will not run here."""
         self.assigned -= 1
 
-    def release(self, request: Request, now: float) -> None:
+    def release(self, request: Request, now: float) -> None:  # noqa: B027
         """The KV of a request that was handed over has left."""
 
-    def stop(self, now: float) -> None:
+    def stop(self, now: float) -> None:  # noqa: B027
         """The horizon has come: account for the part of a step that has run."""
 
     def idle_joules(self, seconds: float) -> float:

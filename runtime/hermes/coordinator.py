@@ -22,7 +22,7 @@ from fxgraft.runtime.hermes.request import (
 )
 from fxgraft.runtime.hermes.routing import RoundRobin, Router, checked, in_node
 from fxgraft.runtime.hermes.sharing import Flow
-from fxgraft.runtime.hermes.stages import PREFILL, Stage
+from fxgraft.runtime.hermes.stages import KINDS, PREFILL, Stage
 from fxgraft.runtime.hermes.transfers import Sizes, Transfers
 
 REQUEST_COLUMNS = (
@@ -30,8 +30,9 @@ REQUEST_COLUMNS = (
     "first_token", "decode_seconds", "decode_gaps", "max_gap", "queue_seconds",
     "transfer_seconds", "preemptions", "recomputed", "reused", "position",
 )  # fmt: skip
-STAGE_COLUMNS = ("request", "stage", "client", "assigned", "started", "ended")
+STAGE_COLUMNS = ("request", "stage", "kind", "client", "assigned", "started", "ended")
 LOGS = ("requests", "stages", "steps", "gaps", "breaks", "transfers")
+_KIND_NUMBERS = {kind: number for number, kind in enumerate(KINDS)}
 _TIE = 1e-12
 
 
@@ -100,7 +101,7 @@ class Coordinator:
         self.transfers = self.network.rows = rows("transfers", self.network.rows.columns)
         self.now = 0.0
         self.accepted = 0
-        self.ended = dict.fromkeys(TERMINAL, 0)
+        self.ended: dict[str, int] = dict.fromkeys(map(str, TERMINAL), 0)
         self.live: dict[Request, None] = {}
         self.reasons: dict[int, str] = {}
         self.events = EventQueue()
@@ -256,8 +257,9 @@ class Coordinator:
         client = request.client
         self.stages.append(
             (
-                request.index, request.position, client.index if client else -1,
-                request.assigned, started, ended,
+                request.index, request.position,
+                _KIND_NUMBERS[request.chain[request.position].kind],
+                client.index if client else -1, request.assigned, started, ended,
             )
         )  # fmt: skip
 

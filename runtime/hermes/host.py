@@ -72,12 +72,14 @@ class HostClient(QueueClient):
         self._draws: list[float] = []
 
     def accepts(self, stage: Stage, model: str) -> bool:
+        """It has the task."""
         return stage.kind in HOST_KINDS and not stage.model and stage.task in self.tasks
 
     def _task(self, request: Request) -> Task:
         return self.tasks[request.chain[request.position].task]
 
     def duration(self, requests: list[Request]) -> float:
+        """The longest of the tasks of a step."""
         return max([self._seconds(request) for request in requests])
 
     def _seconds(self, request: Request) -> float:
@@ -91,6 +93,7 @@ class HostClient(QueueClient):
         return mean * self._draws.pop()
 
     def apply(self, request: Request) -> None:
+        """Cut the prompt, if the task does."""
         task = self._task(request)
         if task.truncate:
             request.prompt = min(request.prompt, task.truncate)

@@ -7,6 +7,7 @@ while a transfer could use it; without, each has the whole path for itself.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import deque
 from collections.abc import Hashable, Mapping
@@ -129,7 +130,7 @@ class Network:
 
     def _joined(self, names: list[str]) -> Path:
         """On a way of several links latencies add and the smallest bandwidth rules."""
-        links = list(zip(names, names[1:], strict=False))
+        links = list(itertools.pairwise(names))
         levels = [self._direct[a][b] for a, b in links]
         for link, level in zip(links, levels, strict=True):
             self.link_rates[link] = level.rate

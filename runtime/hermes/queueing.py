@@ -51,12 +51,14 @@ class QueueClient(Client):
         """What the stage changes in a request, when it ends."""
 
     def submit(self, request: Request, now: float) -> None:
+        """A request joins the queue."""
         request.state = WAITING
         self._queue.append(request)
         if len(self._running) < self.servers:
             self.hub.schedule(self, now)
 
     def withdraw(self, request: Request, now: float) -> bool:
+        """Take a request out of the queue."""
         if request not in self._queue:
             return False
         self._queue.remove(request)
@@ -64,6 +66,7 @@ class QueueClient(Client):
         return True
 
     def on_step(self, now: float) -> None:
+        """Steps end, servers that are free take the next requests."""
         running = self._running
         while running and running[0][0] <= now:
             _, _, start, requests = heapq.heappop(running)
@@ -91,22 +94,26 @@ class QueueClient(Client):
 
     def _account(self, start: float, end: float, requests: int, steps: int) -> None:
         joules = (end - start) * self.watts
+        self.steps_run += steps
         self.busy_seconds += end - start
         self.step_joules += joules
         row = (self.index, start, end, steps, end - start, 0, requests, 0, 0, 0)
         self.hub.steps.append((*row, len(self._queue), 0, joules, 0, 0))
 
     def stop(self, now: float) -> None:
+        """Account for steps under way up to now."""
         for _, _, start, _ in self._running:
             self._account(start, now, 0, 0)
         self._running.clear()
 
     def waiting_for(self) -> str:
+        """The head of the queue."""
         if not self._queue:
             return ""
         return f"request {self._queue[0].index} heads a queue of {len(self._queue)}"
 
     def load(self, measure: str, now: float) -> float:
+        """Requests, or predicted seconds from the mean time of those before."""
         if measure != "busy_seconds":
             return self.assigned
         left = sum(end - now for end, *_ in self._running)

@@ -57,6 +57,7 @@ class RagClient(QueueClient):
         }
 
     def accepts(self, stage: Stage, model: str) -> bool:
+        """It has the parts that the stage needs."""
         return self._runs.get(stage.kind, False)
 
     def duration(self, requests: list[Request]) -> float:
@@ -90,6 +91,7 @@ class RagClient(QueueClient):
         return self.rerank.price(passes).seconds
 
     def apply(self, request: Request) -> None:
+        """Found documents become part of the prompt."""
         stage = request.chain[request.position]
         if stage.kind in (RAG, RETRIEVE):
             request.prompt += stage.docs * stage.tokens_per_doc

@@ -13,8 +13,8 @@ Measure = Literal[
     "requests", "prompt_tokens", "decodes", "tokens", "kv_tokens", "output_tokens", "busy_seconds"
 ]
 """Loads: requests given; prompt tokens to compute; sequences decoding; prompt tokens plus one per
-request; tokens whose KV is held or promised; output tokens to come, as an oracle knows them; seconds
-until all is done at the present pace."""
+request; tokens whose KV is held or promised; output tokens to come, as an oracle knows them;
+seconds until all is done at the present pace."""
 Policy = Literal["round_robin", "load", "heavy_light", "affinity"]
 Router = Callable[[str, Request, Sequence[Client], float], Client]
 """Chooses among the candidates, given the stage's kind, the request and the time."""

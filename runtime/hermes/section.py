@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
 
@@ -25,7 +25,8 @@ def _from_folder(value: Any, info: ValidationInfo) -> Any:
     """Relative paths start at the folder of the system file."""
     if not isinstance(value, (str, Path)):
         raise ValueError("should be the path of a file")
-    folder = (info.context or {}).get("folder")
+    context = cast("dict[str, Path | None]", info.context or {})
+    folder = context.get("folder")
     return folder / value if folder else Path(value)
 
 
@@ -34,12 +35,13 @@ File = Annotated[Path, BeforeValidator(_from_folder)]
 
 def tagged(value: Any, kind: str, key: str) -> Any:
     """Write a short form out: a bare value stands for ``{kind: ..., key: value}``."""
+    whole: Any = value
     is_short = value is not None and not isinstance(value, (dict, BaseModel))
-    return {"kind": kind, key: value} if is_short else value
+    return {"kind": kind, key: whole} if is_short else whole
 
 
 def default_kind(value: Any, kind: str) -> Any:
     """A mapping without ``kind`` is of this one."""
     if isinstance(value, dict) and "kind" not in value:
-        return {"kind": kind, **value}
-    return value
+        return {"kind": kind, **cast("dict[str, Any]", value)}
+    return cast(Any, value)

@@ -85,14 +85,17 @@ class StorageClient(QueueClient):
         self.hits = [0] * (len(self.levels) + 1)
 
     def attach(self, index: int, hub: Hub) -> None:
+        """Join a system and its shared bandwidths."""
         super().attach(index, hub)
         for link, level in zip(self._links, self.levels, strict=True):
             hub.share.rates[link] = level.bandwidth
 
     def accepts(self, stage: Stage, model: str) -> bool:
+        """It has contexts of every model."""
         return stage.kind == KV_RETRIEVAL
 
     def submit(self, request: Request, now: float) -> None:
+        """A lookup starts at once if bandwidth is shared, or joins the queue."""
         if self.sharing:
             self._start_alone(request, now)
         else:
@@ -118,11 +121,13 @@ class StorageClient(QueueClient):
         return self.recompute.price([(tokens, 0)]).seconds if self.recompute and tokens else 0.0
 
     def apply(self, request: Request) -> None:
+        """The context becomes part of the prompt."""
         request.prompt += context_of(request)
 
     # -- one step for all that wait
 
     def duration(self, requests: list[Request]) -> float:
+        """Until the last lookup of the step has its bytes."""
         seconds = [0.0] * len(self.levels)
         slowest = 0.0
         for request in requests:
@@ -181,6 +186,7 @@ class StorageClient(QueueClient):
         self.hub.finish_stage(request, now)
 
     def stop(self, now: float) -> None:
+        """Account for steps and lookups under way up to now."""
         super().stop(now)
         if self._moving:
             self._account(self._busy_since, now, 0, 0)

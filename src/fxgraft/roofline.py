@@ -22,7 +22,7 @@ from fxgraft.cost_table import Energy, StepCostTable
 from fxgraft.cost_table_grid import Array
 from fxgraft.devices import Device, device
 from fxgraft.element_types import ElementTypes
-from fxgraft.errors import InputError, LoweringError
+from fxgraft.errors import InputError
 from fxgraft.operators import operator_of, qualified_name
 from fxgraft.program import Program
 from fxgraft.step_costs import Kind, StepGraph, StepNode, Work
@@ -75,7 +75,7 @@ def roofline_table(
     """
     chosen, parsed = device(on), ElementTypes.parse(types)
     graph = StepGraph(program, parsed)
-    require_known(graph)
+    graph.require_known()
     roofline = Roofline(chosen, parsed, _by_kind(efficiency), _size(program))
     notes = ["elementwise work is fused: operations, but no traffic and no launch"]
     if graph.without_steps:
@@ -86,23 +86,6 @@ def roofline_table(
         capacity=int(chosen.memory), launch_seconds=chosen.step,
     )  # fmt: skip
     return step_table(graph, roofline.price, parsed, setting, ranges, model=program)
-
-
-def require_known(graph: StepGraph) -> None:
-    """Refuse nodes whose operations are unknown, rather than costing them as nothing.
-
-    Raises:
-        LoweringError: names the operator, one node and its source line.
-    """
-    if not graph.unknown:
-        return
-    names = ", ".join(f"{op} ({count})" for op, count in graph.unknown.items())
-    node = next(n.node for n in graph.nodes if n.row.op in graph.unknown)
-    raise LoweringError(
-        f"no cost is known for {names}: node {node.name!r} in module "
-        f"{node.meta.get('module', '?')!r} at {node.meta.get('source', '?')}",
-        "add a rule to src/fxgraft/cost_rules.py, or an op with a cost under kernels/",
-    )
 
 
 def _by_kind(value: Efficiency | Mapping[Kind, Efficiency] | None) -> Mapping[str, Efficiency]:

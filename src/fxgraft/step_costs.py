@@ -26,7 +26,7 @@ from fxgraft.cost_numbers import compile_expressions
 from fxgraft.cost_table_grid import Array
 from fxgraft.cost_traffic import Sizes, joins_state
 from fxgraft.element_types import ElementTypes
-from fxgraft.errors import InputError, StateError
+from fxgraft.errors import InputError, LoweringError, StateError
 from fxgraft.kernels.spec import ZERO, Cost, argument, spec_of
 from fxgraft.program import Program
 from fxgraft.state import StateTensor, insert_state
@@ -142,6 +142,21 @@ class StepGraph:
         new = node.all_input_nodes[1]
         size: Any = self._sizes.bytes_of(new.meta["val"], "state")
         return Cost(ZERO, ZERO + size, ZERO + size, cost.state_bytes)
+
+    def require_known(self) -> None:
+        """Refuse nodes whose operations are unknown, rather than costing them as nothing.
+
+        Raises:
+            LoweringError: names a node, its operator, module and source line.
+        """
+        for node in self.nodes:
+            if node.row.op in self.unknown:
+                source = node.node.meta.get("source", "?")
+                raise LoweringError(
+                    f"node {node.row.name!r} ({node.row.op}) in module {node.row.module!r} at "
+                    f"{source} has no cost",
+                    "add a rule to src/fxgraft/cost_rules.py, or an op with a cost under kernels/",
+                )
 
     @property
     def has_tokens(self) -> bool:

@@ -2,7 +2,7 @@
 
 Recognised are ``aten.linear``, ops of ``fxgraft`` of kind ``"linear"``, and ``mm``, ``addmm``,
 ``matmul``, ``bmm``, ``baddbmm`` and grouped products whose second operand follows from weights
-alone (a transposed weight, for example). Convolutions and ``einsum`` are not among them.
+alone (a transposed weight, for example), or the first one of ``W x``. Convolutions and ``einsum`` are not among them.
 """
 
 from __future__ import annotations
@@ -76,6 +76,9 @@ def weight_products(program: Program) -> dict[Node, WeightProduct]:
         if operands is None:
             continue
         x, weight, is_transposed = operands
+        is_left = x in constants and weight not in constants and _may_be_left(node)
+        if is_left:
+            x, weight, is_transposed = weight, x, False
         if weight not in constants or x in constants:
             continue
         shape = dims(weight)
@@ -83,12 +86,17 @@ def weight_products(program: Program) -> dict[Node, WeightProduct]:
             continue
         sizes = [int(cast(Any, size)) for size in shape]
         inner, outputs = sizes[-2:] if is_transposed else reversed(sizes[-2:])
-        rows = math.prod(dims(x)[:-1], start=expr(1))
+        rows = math.prod(dims(x), start=expr(1)) / inner
         found[node] = WeightProduct(
             node, weight, constants[weight], math.prod(sizes[:-2]), outputs, inner, rows,
             is_transposed, "grouped" in qualified_name(node),
         )  # fmt: skip
     return found
+
+
+def _may_be_left(node: Node) -> bool:
+    """Whether the product may be written ``W x``, with columns of x for rows."""
+    return qualified_name(node) in ("aten::mm", "aten::matmul", "aten::bmm")
 
 
 def _operands(node: Node) -> tuple[Node, Node, bool] | None:

@@ -22,7 +22,7 @@ from fxgraft.generation.prompts import integers
 from tests import model_folder
 from tests.command import command
 
-COMMANDS = ["run", "passes", "diff", "draw", "export", "bench"]
+COMMANDS = ["run", "passes", "diff", "draw", "export", "bench", "serve"]
 
 Json = Callable[..., Any]
 

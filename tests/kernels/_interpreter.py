@@ -75,7 +75,17 @@ def _round_bfloat16(interpreter: Any) -> None:
 def run_interpreted(*files: str) -> str:
     """Run the tests of files in a process that interprets kernels; returns pytest's last line."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONSAFEPATH": "1"}
-    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *files]
+    words = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        *files,
+    ]
     result = subprocess.run(
         words, cwd=_ROOT, env=environment, capture_output=True, text=True, check=False
     )

@@ -109,9 +109,7 @@ def check(call: Call, *, longest: int = -1) -> Tensor:
     """Compare output and caches with the reference; returns the output."""
     arguments = call.arguments()
     options = {"scale": call.head_dim**-0.5} | call.options
-    wide = [
-        x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in arguments
-    ]
+    wide = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in arguments]
     expected = reference.paged_attention(*wide, **options)  # pyright: ignore[reportArgumentType]
     given: Any = [None if x is None else _copied(x) for x in arguments]
     output = kernels.paged_attention(*given, longest_past=longest, **options)
@@ -212,9 +210,7 @@ def test_prompt_equals_steps() -> None:
     for token in range(call.new):
         new = [x[:, :, token : token + 1] for x in (*again[:3], *again[7:9])]
         past = again[6] + token
-        step = kernels.paged_attention(
-            *new[:3], *again[3:6], past, *new[3:], again[9], **options
-        )
+        step = kernels.paged_attention(*new[:3], *again[3:6], past, *new[3:], again[9], **options)
         _assert_near(step, together[:, :, token : token + 1].cpu().double(), 1e-5)
     assert torch.equal(given[3].nan_to_num(), again[3].nan_to_num())
 

@@ -41,13 +41,15 @@ def serve(compiled: Compiled, prompts: Sequence[Sequence[int]], **sampled: Any) 
     return [list(request.tokens) for request in requests]
 
 
-def compare(family: str, device: torch.device, vocabulary: Any, folder: Path) -> dict[str, Any]:
+def compare(
+    family: str, device: torch.device, lowering: str, vocabulary: Any, folder: Path
+) -> dict[str, Any]:
     """Logits, greedy and sampled tokens, and the engine's answers of a share and of the model."""
     model = getattr(models, family)().to(device)
     program = fxgraft.capture(model)
-    whole = fxgraft.compile(program, backend="torch")
+    whole = fxgraft.compile(program, backend=lowering)
     passes = [Optimize(), Shard(size=dist.get_world_size(), vocabulary=vocabulary)]
-    share = fxgraft.compile(program, passes=passes, backend="torch")
+    share = fxgraft.compile(program, passes=passes, backend=lowering)
     ids = torch.randint(3, models.VOCABULARY, (3, 11), generator=torch.Generator().manual_seed(1))
     ids = ids.to(device)
     with torch.no_grad():
@@ -86,8 +88,8 @@ def _list(ids: Tensor) -> list[list[int]]:
 
 
 def main() -> None:
-    """Arguments: folder for the results, backend of the group, vocabulary, families."""
-    folder, backend, vocabulary, *families = sys.argv[1:]
+    """Arguments: folder for the results, the group's backend, ours, vocabulary, families."""
+    folder, backend, lowering, vocabulary, *families = sys.argv[1:]
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
     device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
@@ -95,7 +97,9 @@ def main() -> None:
         torch.cuda.set_device(device)
     dist.init_process_group(backend)
     try:
-        results = [compare(family, device, vocabulary, Path(folder)) for family in families]
+        results = [
+            compare(family, device, lowering, vocabulary, Path(folder)) for family in families
+        ]
     finally:
         dist.destroy_process_group()
     (Path(folder) / f"{rank}.json").write_text(json.dumps(results))

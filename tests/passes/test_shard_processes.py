@@ -16,9 +16,16 @@ FAMILIES = ["llama", "mistral", "gemma2", "qwen2", "phi", "phi3", "gpt2", "gpt_n
             "gpt_oss", "opt", "jamba"]  # fmt: skip
 
 
-def check(folder: Path, backend: str, vocabulary: str, families: list[str], size: int = 2) -> None:
+def check(
+    folder: Path,
+    group: str,
+    vocabulary: str,
+    families: list[str],
+    size: int = 2,
+    lowering: str = "torch",
+) -> None:
     """Every rank gives what the whole model gives, and the same as the other ranks."""
-    torchrun(size, WORKER, str(folder), backend, vocabulary, *families)
+    torchrun(size, WORKER, str(folder), group, lowering, vocabulary, *families)
     ranks = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(size)]
     assert len(ranks[0]) == len(families)
     for first, *others in zip(*ranks, strict=True):
@@ -55,5 +62,6 @@ def test_vocabulary_on_every_process(tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_two_gpus(tmp_path: Path) -> None:
-    check(tmp_path, "nccl", "split", ["llama", "qwen2", "mixtral"])
+@pytest.mark.parametrize("lowering", ["torch", "triton"])
+def test_two_gpus(tmp_path: Path, lowering: str) -> None:
+    check(tmp_path, "nccl", "split", ["llama", "qwen2", "mixtral"], lowering=lowering)

@@ -181,7 +181,13 @@ class LlmSection(ClientSection):
         return int(left // (served.kv_bytes * size)) if served.kv_bytes else UNLIMITED
 
     def make(self, name: str, place: Place, seed: tuple[int, ...], stepwise: bool) -> Client:
-        served = self.served()
+        """One server."""
+        return self.client(self.served(), name, place, stepwise=stepwise)
+
+    def client(
+        self, served: Served, name: str, place: Place, *, stepwise: bool = False
+    ) -> LlmClient:
+        """A client of a model on a device."""
         return LlmClient(
             name,
             model=self.model if self.model is not None else served.model,
@@ -224,6 +230,7 @@ class HostSection(ClientSection):
     tasks: dict[str, TaskSection] = Field(min_length=1)
 
     def make(self, name: str, place: Place, seed: tuple[int, ...], stepwise: bool) -> Client:
+        """One host."""
         tasks = {
             "" if task == "default" else task: Task(**section.model_dump())
             for task, section in self.tasks.items()
@@ -283,6 +290,7 @@ class RagSection(ClientSection):
         return self
 
     def make(self, name: str, place: Place, seed: tuple[int, ...], stepwise: bool) -> Client:
+        """One search engine."""
         batch = self.batch
         return RagClient(
             name,
@@ -340,6 +348,7 @@ class StorageSection(ClientSection):
         return self
 
     def build(self, seed: int, number: int, nodes_per_rack: int, stepwise: bool) -> list[Client]:
+        """The clients; those that share a level get the same store."""
         levels = [section.level() for section in self.levels]
         stores: dict[tuple[int, int, int], Store] = {}
         clients: list[Client] = []
@@ -367,13 +376,12 @@ class StorageSection(ClientSection):
         return clients
 
     def make(self, name: str, place: Place, seed: tuple[int, ...], stepwise: bool) -> Client:
+        """Storage clients share levels, so they are made together."""
         raise NotImplementedError("storage clients share levels and are made together")
 
 
 AnyClient = Annotated[
-    Annotated[
-        LlmSection | HostSection | RagSection | StorageSection, Field(discriminator="kind")
-    ],
+    Annotated[LlmSection | HostSection | RagSection | StorageSection, Field(discriminator="kind")],
     BeforeValidator(lambda value: _with_kind(value)),
 ]
 

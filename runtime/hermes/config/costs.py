@@ -8,10 +8,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from fxgraft.cost_table import StepCostTable
+from fxgraft.devices import device
 from fxgraft.errors import InputError
 from fxgraft.runtime.hermes.costs import AffineCost, StepCost
-from fxgraft.runtime.hermes.roofline import ACCELERATORS, MODELS, Efficiency, RooflineCost
-from fxgraft.runtime.hermes.section import File, Number, Positive, Section, tagged
+from fxgraft.runtime.hermes.dense import MODELS, DenseCost, Efficiency
+from fxgraft.runtime.hermes.section import File, Number, Positive, Section, default_kind, tagged
+from fxgraft.validation import suggestion
 
 
 @dataclass(frozen=True)
@@ -100,40 +102,37 @@ class AffineSection(Section):
         return Served(AffineCost(**self.model_dump(exclude={"kind"})))
 
 
-class RooflineSection(Section):
-    """A dense transformer on a known device, see ``roofline``.
+class DenseSection(Section):
+    """A dense transformer by its sizes, on a known device, see ``dense``.
 
     Attributes:
-        model, device: names of ``roofline.MODELS`` and ``roofline.ACCELERATORS``.
-        weights, state: data types.
+        model: name of ``dense.MODELS``.
+        device: name of ``fxgraft.devices``.
+        weights, state: data types; required, as a factor of two hangs on them.
         devices: that share every layer.
         efficiency: share of the peaks that is reached.
-        step_seconds: of every step.
     """
 
-    kind: Literal["roofline"] = "roofline"
+    kind: Literal["dense"] = "dense"
     model: str
     device: str
-    weights: Literal["float32", "bfloat16", "float16", "float8", "int8", "float4", "int4"]
-    state: Literal["float32", "bfloat16", "float16", "float8"] = "bfloat16"
+    weights: str
+    state: str = "bfloat16"
     devices: Positive = 1
     efficiency: Annotated[float, Field(gt=0, le=1, strict=True)] = 0.75
-    step_seconds: Number = 0.0
 
     def serve(self, tokens: int, sequences: int) -> Served:
         """The closed form for this model and device."""
-        for key, name, known in (
-            ("model", self.model, MODELS), ("device", self.device, ACCELERATORS),
-        ):  # fmt: skip
-            if name not in known:
-                raise InputError(f"key {key!r} of a roofline cost is {name!r}, which is not known",
-                                 f"give one of: {', '.join(known)}")  # fmt: skip
-        share = self.efficiency
-        cost = RooflineCost(
-            MODELS[self.model], ACCELERATORS[self.device], self.weights, self.state,
-            devices=self.devices,
+        if self.model not in MODELS:
+            raise InputError(
+                f"there is no model {self.model!r}{suggestion(self.model, MODELS)}",
+                f"the models of a dense cost are: {', '.join(MODELS)}",
+            )
+        share, target = self.efficiency, device(self.device)
+        cost = DenseCost(
+            MODELS[self.model], target, self.weights, self.state, devices=self.devices,
             efficiency=Efficiency(share, share, share, share, share, share,
-                                  step_seconds=self.step_seconds),
+                                  step_seconds=target.step),
         )  # fmt: skip
         return Served(
             cost,
@@ -141,19 +140,17 @@ class RooflineSection(Section):
             dtype=self.weights,
             kv_bytes=cost.model.kv_bytes(self.state),
             state_memory=cost.memory_for_state,
-            capacity=cost.device.memory * self.devices,
+            capacity=target.memory * self.devices,
             idle_watts=cost.idle_watts,
         )
 
 
 def _short(value: Any) -> Any:
-    if isinstance(value, dict) and "kind" not in value:
-        return {"kind": "affine", **value}
-    return tagged(value, "table", "file")
+    return default_kind(tagged(value, "table", "file"), "affine")
 
 
 CostSection = Annotated[
-    Annotated[TableCost | AffineSection | RooflineSection, Field(discriminator="kind")],
+    Annotated[TableCost | AffineSection | DenseSection, Field(discriminator="kind")],
     BeforeValidator(_short),
 ]
 """A bare text is the file of a table, a mapping without ``kind`` the closed form."""

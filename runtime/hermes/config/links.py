@@ -70,7 +70,7 @@ class NetworkSection(Section):
     nodes_per_rack: Positive = 8
     token_bytes: Number = TOKEN_BYTES
     text_bytes: Number = TOKEN_BYTES
-    layers: dict[str, Positive] = {}
+    layers: dict[str, Positive] = {}  # noqa: RUF012
 
     @model_validator(mode="after")
     def _distinct(self) -> NetworkSection:
@@ -83,7 +83,9 @@ class NetworkSection(Section):
         """The network."""
         published = PRESETS[self.preset] if self.preset else (None, None, None)
         given = (self.inside_node, self.node_to_node, self.rack_to_rack)
-        levels = [own.level() if own else known for own, known in zip(given, published, strict=True)]
+        levels = [
+            own.level() if own else known for own, known in zip(given, published, strict=True)
+        ]
         direct = {link.between: link.level() for link in self.links}
         return Network(*levels, direct=direct, shared=self.sharing)
 

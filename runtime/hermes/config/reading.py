@@ -14,9 +14,7 @@ from fxgraft.errors import InputError
 from fxgraft.validation import Loc, Where, suggestion
 
 
-def refuse(
-    error: ValidationError, model: type[BaseModel], value: object, where: Where
-) -> NoReturn:
+def refuse(error: ValidationError, model: type[BaseModel], value: object, where: Where) -> NoReturn:
     """Raise an ``InputError`` with one line per wrong key.
 
     Args:
@@ -33,7 +31,9 @@ def refuse(
             continue
         section, path = _locate(model, value, detail["loc"])
         lines.append(where(path) + _describe(detail, section, path))
-        valid.append(f"the valid keys of {_owner(path[:-1])} are: {', '.join(section.model_fields)}")
+        valid.append(
+            f"the valid keys of {_owner(path[:-1])} are: {', '.join(section.model_fields)}"
+        )
     raise InputError("\n".join(lines), valid[0])
 
 

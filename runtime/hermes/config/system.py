@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -17,6 +17,8 @@ from fxgraft.runtime.hermes.config.reading import refuse
 from fxgraft.runtime.hermes.coordinator import LOGS, Coordinator
 from fxgraft.runtime.hermes.llm.client import LlmClient
 from fxgraft.runtime.hermes.network import Network
+from fxgraft.runtime.hermes.results.gaps import GapHistogram
+from fxgraft.runtime.hermes.results.result import Result, collect
 from fxgraft.runtime.hermes.section import Count, Rate, Section
 from fxgraft.runtime.hermes.slo import Slo
 from fxgraft.runtime.hermes.workload.source import MergedSource
@@ -82,10 +84,12 @@ class System(Section):
                 and key.
         """
         source = YamlSource.read(Path(file))
-        value = source.value
+        value: object = source.value
         for path, new in (changes or {}).items():
             value = replaced(value, path.split("."), new, path)
-        system = System.parse(value, folder=Path(file).parent, where=source.where)
+        if isinstance(value, dict) and "name" not in value:
+            value = {"name": Path(file).stem, **cast("dict[str, object]", value)}
+        system = System.parse(cast(object, value), folder=Path(file).parent, where=source.where)
         with located(f"{file}: "):
             system.check()
         return system
@@ -103,7 +107,7 @@ class System(Section):
         try:
             return System.model_validate(value, context={"folder": folder})
         except ValidationError as error:
-            refuse(error, System, value, where)
+            refuse(error, System, cast(object, value), where)
 
     def check(self) -> None:
         """Make everything once, to find what cannot run.
@@ -138,7 +142,7 @@ class System(Section):
 
         Args:
             stepwise: use the reference, one step at a time.
-            options: of ``Coordinator`` (keep, reduce, observer).
+            options: of ``Coordinator`` (reduce, observer).
         """
         clients = self.build_clients(stepwise=stepwise)
         network = self.network.build()
@@ -151,11 +155,45 @@ class System(Section):
             sizes=self.network.sizes(),
             horizon=self.horizon or math.inf,
             local=self.routing.disaggregation == "local",
-            **{"keep": frozenset(self.logs), **options},
+            keep=frozenset(self.logs),
+            **options,
         )
         for workload in self.workloads:
             self._check_chain(workload, coordinator)
         return coordinator
+
+    def simulate(self, *, stepwise: bool = False) -> Result:
+        """Run it.
+
+        Args:
+            stepwise: use the reference, one step at a time: slow, the same to 1e-9.
+
+        Raises:
+            InputError: a step lies outside a cost table's validity, or see ``check``.
+            Error: nothing can happen any more although requests are left.
+        """
+        gaps = GapHistogram()
+        reduce = {} if {"steps", "gaps"} <= set(self.logs) else {
+            "steps": gaps.add_steps, "gaps": gaps.add_gaps}  # fmt: skip
+        coordinator = self.coordinator(stepwise=stepwise, reduce=reduce)
+        coordinator.run()
+        return collect(
+            coordinator,
+            name=self.name,
+            workloads=[workload.name for workload in self.workloads],
+            slos=[workload.slo or self.slo for workload in self.workloads],
+            gaps=gaps,
+            notes=self._notes(coordinator),
+        )
+
+    def _notes(self, coordinator: Coordinator) -> list[str]:
+        source = coordinator.source
+        parts = source.parts if isinstance(source, MergedSource) else []
+        return [
+            f"workload {part.workload.name!r}: {part.sorted_rows} rows of its trace were out of "
+            "order and were sorted"
+            for part in parts if part.sorted_rows
+        ]  # fmt: skip
 
     def _check_links(self, clients: Sequence[Client], network: Network) -> None:
         names = {client.name for client in clients}
@@ -223,12 +261,15 @@ def replaced(value: object, path: Sequence[str], new: object, name: str) -> obje
         return new
     key, rest = path[0], path[1:]
     if isinstance(value, dict):
-        if rest and key not in value:
-            raise InputError(f"there is no {key!r} in {name!r}",
-                             f"the keys there are: {', '.join(map(str, value))}")  # fmt: skip
-        return {**value, key: replaced(value.get(key), rest, new, name)}
-    if isinstance(value, list) and key.isdecimal() and int(key) < len(value):
-        changed = list(value)
-        changed[int(key)] = replaced(value[int(key)], rest, new, name)
-        return changed
+        mapping = cast("dict[str, object]", value)
+        if rest and key not in mapping:
+            raise InputError(
+                f"there is no {key!r} in {name!r}", f"the keys there are: {', '.join(mapping)}"
+            )
+        return {**mapping, key: replaced(mapping.get(key), rest, new, name)}
+    if isinstance(value, list) and key.isdecimal():
+        items = list(cast("list[object]", value))
+        if int(key) < len(items):
+            items[int(key)] = replaced(items[int(key)], rest, new, name)
+            return items
     raise InputError(f"{key!r} in {name!r} leads nowhere", "give keys, and positions from 0")

@@ -9,7 +9,7 @@ from fxgraft.runtime.hermes.client import Client, Hub, Place
 from fxgraft.runtime.hermes.costs import NO_LIMIT, StepCost
 from fxgraft.runtime.hermes.llm.blocks import blocks_for
 from fxgraft.runtime.hermes.llm.decodes import JumpingDecodes
-from fxgraft.runtime.hermes.llm.loads import load_of
+from fxgraft.runtime.hermes.llm.loads import Loads
 from fxgraft.runtime.hermes.llm.reference import ListedDecodes
 from fxgraft.runtime.hermes.llm.scheduler import Limits, Scheduler, owed_by
 from fxgraft.runtime.hermes.request import WAITING, Request
@@ -83,12 +83,14 @@ class LlmClient(Client):
         self._outgoing: dict[Request, tuple[int, tuple[int, ...]]] = {}
 
     def attach(self, index: int, hub: Hub) -> None:
+        """Join a system and its log of gaps."""
         super().attach(index, hub)
         self.decodes.log_gaps(hub.gaps, index)
 
     # -- taking requests
 
     def accepts(self, stage: Stage, model: str) -> bool:
+        """It serves the model, and its role includes the stage."""
         if (stage.model or model) != self.model:
             return False
         if stage.kind in DECODE_KINDS:
@@ -96,6 +98,7 @@ class LlmClient(Client):
         return stage.kind == PREFILL and self.role != "decode"
 
     def expect(self, request: Request) -> None:
+        """Set what is to be computed and emitted here, and count it as load."""
         self.assigned += 1
         if request.handed_over:
             request.todo = 0
@@ -112,6 +115,7 @@ class LlmClient(Client):
             self.scheduler.owed += owed_by(request)
 
     def forget(self, request: Request) -> None:
+        """Its tokens are no longer to be done here."""
         self.assigned -= 1
         self.scheduler.pending_prompt -= request.todo
         if request.handed_over or (self.role != "prefill" and request.decodes_next()):
@@ -146,6 +150,7 @@ class LlmClient(Client):
         return blocks_for(request.prompt, size) + sum(blocks_for(o, size) for o in outputs)
 
     def submit(self, request: Request, now: float) -> None:
+        """A request joins the queue, or is rejected because it can never run."""
         problem = self.problem(request)
         if problem:
             self.forget(request)
@@ -166,6 +171,7 @@ class LlmClient(Client):
             self._cut(now)
 
     def withdraw(self, request: Request, now: float) -> bool:
+        """Take a request out of the queue."""
         if not self.scheduler.queue.remove(request):
             return False
         self.forget(request)
@@ -182,6 +188,7 @@ class LlmClient(Client):
             self.hub.schedule(self, now)
 
     def release(self, request: Request, now: float) -> None:
+        """The KV of a prompt that was handed over has left: its blocks are free."""
         blocks, shared = self._outgoing.pop(request)
         pool = self.scheduler.pool
         pool.give(blocks - pool.unshare(shared))
@@ -193,6 +200,7 @@ class LlmClient(Client):
     # -- running steps
 
     def on_step(self, now: float) -> None:
+        """A step or jump ends; plan and start the next one."""
         self._woken = False
         if self._in_step:
             self._complete(now)
@@ -291,6 +299,7 @@ class LlmClient(Client):
         joules = self._joules
         if steps > 1:
             joules = steps * joules + self._joule_slope * (steps * (steps - 1) // 2)
+        self.steps_run += steps
         self.busy_seconds += now - self._start
         self.step_joules += joules
         self.marked_steps += steps * self._marks
@@ -426,15 +435,19 @@ class LlmClient(Client):
     # -- what routers ask
 
     def load(self, measure: str, now: float) -> float:
-        return load_of(self, measure, now)
+        """See ``loads``."""
+        if measure == "requests":
+            return self.assigned
+        return Loads(self.scheduler, self.cost, self.assigned, self._progress(now)).under(measure)
 
-    def progress(self, now: float) -> int:
+    def _progress(self, now: float) -> int:
         """Decode steps of the present jump that are done but not applied yet."""
         if not (self._in_step and self.scheduler.with_decodes and self._steps > 1):
             return 0
         return self.steps_by(now)
 
     def waiting_for(self) -> str:
+        """The head of the queue, and what memory is free."""
         head = self.scheduler.queue.head()
         if head is None:
             return ""

@@ -33,11 +33,11 @@ class Decodes(ABC):
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
-        self.count = 0
-        self.context = 0
-        self.clock = 0
-        self.next_end = NEVER
-        self.last_end = 0.0
+        self.count: int = 0
+        self.context: int = 0
+        self.clock: int = 0
+        self.next_end: int = NEVER
+        self.last_end: float = 0.0
         self._rows: Rows | None = None
         self._client = 0
 
@@ -120,9 +120,10 @@ class JumpingDecodes(Decodes):
         # Clocks and gaps of the largest gaps since: both lists are sorted, gaps downwards.
         self._gap_clocks: list[int] = []
         self._gaps: list[float] = []
-        self._end_sum = 0
+        self._end_sum: int = 0
 
     def join(self, request: Request) -> None:
+        """Add its queries to the sums, and its ends to the heap."""
         emitted = request.emitted
         request.base, request.joined = emitted, self.clock
         branches = request.live
@@ -152,6 +153,7 @@ class JumpingDecodes(Decodes):
         return request.base + self.clock - request.joined
 
     def drop(self, request: Request) -> None:
+        """Take its queries out of the sums; its entry in the heap becomes stale."""
         self.sync(request)
         self._mark_off(request, request.live)
         request.incarnation += 1
@@ -172,18 +174,22 @@ class JumpingDecodes(Decodes):
         self.next_end = ends[0][0] if ends else NEVER
 
     def needed(self) -> int:
+        """Those due at this clock."""
         return self._due[self.clock % self.block_size]
 
     def needed_by(self, request: Request) -> int:
+        """One for each branch whose last block is full."""
         own = self._emitted(request) - 1
         if not request.branch_outputs:
             own += request.prompt
         return 0 if own % self.block_size else request.live
 
     def held_by(self, request: Request) -> int:
+        """By its length."""
         return decode_blocks(request, self._emitted(request), self.block_size)
 
     def jump(self, free: int, limit: int) -> int:
+        """To the next end, if the blocks last."""
         steps = min(limit, self.next_end - self.clock)
         size, count = self.block_size, self.count
         if (steps // size + 1) * count <= free:
@@ -198,6 +204,7 @@ class JumpingDecodes(Decodes):
         return done
 
     def allocate(self, steps: int) -> int:
+        """Whole rounds, in which every query takes a block, and the rest by due clocks."""
         size = self.block_size
         start = self.clock % size
         if steps == 1:
@@ -207,6 +214,7 @@ class JumpingDecodes(Decodes):
     def advance(
         self, steps: int, start: float, first: float, slope: float, end: float
     ) -> tuple[float, int]:
+        """Move the clock; remember the largest gaps."""
         first_end = start + first if steps > 1 else end
         gap, count = first_end - self.last_end, self.count
         clock = self.clock + 1
@@ -250,6 +258,7 @@ class JumpingDecodes(Decodes):
             request.max_gap = self._gaps[place]
 
     def ended(self, now: float) -> list[tuple[Request, int, bool]]:
+        """Pop the heap of ends up to the clock."""
         found: list[tuple[Request, int, bool]] = []
         ends, clock = self._ends, self.clock
         while ends and ends[0][0] <= clock:
@@ -270,6 +279,7 @@ class JumpingDecodes(Decodes):
         return found
 
     def sync(self, request: Request) -> None:
+        """From the clock."""
         if self.clock > request.joined:
             request.last_token = self.last_end
             self._settle(request)
@@ -278,6 +288,7 @@ class JumpingDecodes(Decodes):
         request.emitted = self._emitted(request)
 
     def pending_output(self) -> int:
+        """Ends minus the clock."""
         return self._end_sum - self.clock * self.count
 
 

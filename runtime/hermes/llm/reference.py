@@ -39,6 +39,7 @@ class ListedDecodes(Decodes):
         self.branches: list[Branch] = []
 
     def join(self, request: Request) -> None:
+        """Add a branch for each output that is not complete."""
         request.base, request.joined = request.emitted, self.clock
         self.branches += [
             Branch(request, output, request.emitted, request.last_token)
@@ -57,17 +58,21 @@ class ListedDecodes(Decodes):
         return [branch for branch in self.branches if branch.request is request]
 
     def drop(self, request: Request) -> None:
+        """Remove its branches."""
         self.sync(request)
         self.branches = [branch for branch in self.branches if branch.request is not request]
         self._recount()
 
     def needed(self) -> int:
+        """Branches whose last block is full."""
         return sum(branch.kept % self.block_size == 0 for branch in self.branches)
 
     def needed_by(self, request: Request) -> int:
+        """Its branches whose last block is full."""
         return sum(branch.kept % self.block_size == 0 for branch in self._of(request))
 
     def held_by(self, request: Request) -> int:
+        """Blocks of its branches and of its prompt."""
         branches = self._of(request)
         own = sum(blocks_for(branch.kept, self.block_size) for branch in branches)
         if request.branch_outputs:
@@ -76,14 +81,17 @@ class ListedDecodes(Decodes):
         return own
 
     def jump(self, free: int, limit: int) -> int:
+        """Always one step."""
         return 1
 
     def allocate(self, steps: int) -> int:
+        """A block for each branch whose last one is full."""
         return self.needed()
 
     def advance(
         self, steps: int, start: float, first: float, slope: float, end: float
     ) -> tuple[float, int]:
+        """Each branch gets a token and logs its gap."""
         assert steps == 1
         for branch in self.branches:
             gap = end - branch.last
@@ -99,6 +107,7 @@ class ListedDecodes(Decodes):
         return 0.0, 0
 
     def ended(self, now: float) -> list[tuple[Request, int, bool]]:
+        """Branches with all their tokens."""
         done = [branch for branch in self.branches if branch.emitted >= branch.output]
         done.sort(key=lambda branch: branch.request.index)
         found: list[tuple[Request, int, bool]] = []
@@ -121,10 +130,12 @@ class ListedDecodes(Decodes):
         branch.request.max_gap = max(branch.request.max_gap, branch.largest)
 
     def sync(self, request: Request) -> None:
+        """From its branches."""
         for branch in self._of(request):
             self._fold(branch)
             request.emitted = branch.emitted
             request.last_token = branch.last
 
     def pending_output(self) -> int:
+        """Added up."""
         return sum(branch.output - branch.emitted for branch in self.branches)

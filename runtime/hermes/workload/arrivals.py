@@ -9,7 +9,15 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BeforeValidator, Field
 
-from fxgraft.runtime.hermes.section import File, Number, Positive, Rate, Section, default_kind, tagged
+from fxgraft.runtime.hermes.section import (
+    File,
+    Number,
+    Positive,
+    Rate,
+    Section,
+    default_kind,
+    tagged,
+)
 
 Times = npt.NDArray[np.float64]
 BLOCK = 4096
@@ -39,6 +47,7 @@ class Regular(_Gaps):
     kind: Literal["regular"] = "regular"
 
     def gaps(self, random: np.random.Generator, count: int) -> Times:
+        """One over the rate."""
         return np.full(count, 1.0 / self.rate)
 
 
@@ -48,6 +57,7 @@ class Poisson(_Gaps):
     kind: Literal["poisson"] = "poisson"
 
     def gaps(self, random: np.random.Generator, count: int) -> Times:
+        """Exponential draws."""
         return random.exponential(1.0 / self.rate, count)
 
 
@@ -58,6 +68,7 @@ class Gamma(_Gaps):
     variation: Rate
 
     def gaps(self, random: np.random.Generator, count: int) -> Times:
+        """Gamma draws."""
         shape = self.variation**-2
         return random.gamma(shape, 1.0 / (self.rate * shape), count)
 
@@ -69,6 +80,7 @@ class NormalGaps(_Gaps):
     deviation: Number = 0.25
 
     def gaps(self, random: np.random.Generator, count: int) -> Times:
+        """Normal draws."""
         mean = 1.0 / self.rate
         return np.maximum(random.normal(mean, self.deviation * mean, count), 0.0)
 

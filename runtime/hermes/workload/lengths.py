@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +43,7 @@ class Fixed(_Law):
     tokens: Positive
 
     def values(self, random: np.random.Generator, count: int) -> npt.NDArray[np.float64]:
+        """The same number."""
         return np.full(count, float(self.tokens))
 
 
@@ -54,6 +55,7 @@ class Normal(_Law):
     deviation: Number
 
     def values(self, random: np.random.Generator, count: int) -> npt.NDArray[np.float64]:
+        """Normal draws of at least a half."""
         found = random.normal(self.mean, self.deviation, count)
         low = found < 0.5
         for _ in range(100):
@@ -72,6 +74,7 @@ class LogNormal(_Law):
     deviation: Number
 
     def values(self, random: np.random.Generator, count: int) -> npt.NDArray[np.float64]:
+        """Log-normal draws."""
         return random.lognormal(np.log(self.median), self.deviation, count)
 
 
@@ -89,6 +92,7 @@ class Uniform(_Law):
         return self
 
     def values(self, random: np.random.Generator, count: int) -> npt.NDArray[np.float64]:
+        """Uniform draws."""
         return random.integers(self.low, self.high, count, endpoint=True).astype(np.float64)
 
 
@@ -97,9 +101,10 @@ class Zipf(_Law):
 
     kind: Literal["zipf"] = "zipf"
     exponent: Rate
-    maximum: Annotated[int, Field(ge=1, le=1 << 22, strict=True)]
+    maximum: Annotated[int, Field(ge=1, le=1 << 22, strict=True)] = 4096
 
     def values(self, random: np.random.Generator, count: int) -> npt.NDArray[np.float64]:
+        """Draws by inverting the sums of probabilities."""
         lengths = np.arange(self.minimum, self.maximum + 1, dtype=np.float64)
         return lengths[zipf_places(random, len(lengths), self.exponent, count)]
 
@@ -111,6 +116,7 @@ class Empirical(_Law):
     tokens: tuple[Positive, ...] = Field(min_length=1)
 
     def values(self, random: np.random.Generator, count: int) -> npt.NDArray[np.float64]:
+        """Draws from the list."""
         return random.choice(np.array(self.tokens, np.float64), count)
 
 
@@ -120,19 +126,18 @@ def zipf_places(
     """Places 0 .. ``places`` - 1, the first the most likely: ``(place + 1) ** -exponent``."""
     weights = np.arange(1, places + 1, dtype=np.float64) ** -exponent
     bounds = np.cumsum(weights)
-    return np.searchsorted(bounds, random.random(count) * bounds[-1], side="right").astype(np.int64)
+    points: npt.NDArray[np.float64] = random.random(count) * bounds[-1]
+    return np.asarray(bounds.searchsorted(points, side="right"), np.int64)
 
 
 def _short(value: Any) -> Any:
     if isinstance(value, list):
-        return {"kind": "empirical", "tokens": value}
+        return {"kind": "empirical", "tokens": cast("list[Any]", value)}
     return tagged(value, "fixed", "tokens")
 
 
 Length = Annotated[
-    Annotated[
-        Fixed | Normal | LogNormal | Uniform | Zipf | Empirical, Field(discriminator="kind")
-    ],
+    Annotated[Fixed | Normal | LogNormal | Uniform | Zipf | Empirical, Field(discriminator="kind")],
     BeforeValidator(_short),
 ]
 """A distribution; a bare number is always that, a list is drawn from."""

@@ -136,9 +136,7 @@ class WorkloadSource:
         numbers: gives each request its index.
     """
 
-    def __init__(
-        self, workload: Workload, number: int, seed: int, numbers: Iterator[int]
-    ) -> None:
+    def __init__(self, workload: Workload, number: int, seed: int, numbers: Iterator[int]) -> None:
         self.workload = workload
         self.sorted_rows = 0
         self._number = number

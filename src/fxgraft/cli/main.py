@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from fxgraft.cli import bench, export, inspect, run, serve
+from fxgraft.cli import bench, export, inspect, run, serve, simulate
 from fxgraft.cli.console import fail
 from fxgraft.errors import ContractError, Error, InputError
 
@@ -29,6 +29,7 @@ app.command("draw")(inspect.draw)
 app.command("export")(export.export)
 app.command("bench")(bench.bench)
 app.command("serve")(serve.serve)
+app.command("simulate")(simulate.simulate)
 
 
 def _print_version(wanted: bool) -> None:

@@ -35,7 +35,8 @@ def table_cost() -> StepCost:
         parts=(
             Part(name="linear", per="step", axes={"tokens": (1, 97, 4096)},
                  seconds=(6.1e-3, 7.7e-3, 0.113)),
-            Part(name="prompts", per="prefill", axes={"new_tokens": (1, 4096), "context": (0, 4096)},
+            Part(name="prompts", per="prefill",
+                 axes={"new_tokens": (1, 4096), "context": (0, 4096)},
                  seconds=(0.0, 1e-3, 7e-3, 19e-3)),
             Part(name="decodes", per="decode",
                  axes={"batch": (1, 8, 64), "context": (1, 53, 211, 4096)},

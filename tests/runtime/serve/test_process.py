@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
 import threading
@@ -12,7 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
-from openai import OpenAI
+from openai import AsyncOpenAI, OpenAI
 
 import fxgraft
 from tests.command import command
@@ -164,6 +165,39 @@ def test_kill_and_restart(folder: Path) -> None:
         assert found.address.endswith(f":{port}")
         assert asked(found.address).json()["choices"] == before
         assert "FXGRAFT_API_KEYS is not set" in found.messages.read_text()
+
+
+@pytest.mark.slow
+def test_the_default_model(tmp_path: Path) -> None:
+    """SmolLM2 answers eight questions at once, and each as if it were alone."""
+    file = tmp_path / "pipeline.yaml"
+    file.write_text(
+        "model: smollm2-135m\npasses: [optimize]\nbackend: torch\nserve: {port: 0, max_batch: 8}\n"
+    )
+    countries = ["France", "Italy", "Spain", "Japan", "Egypt", "Greece", "Austria", "Portugal"]
+    questions = [f"What is the capital of {country}?" for country in countries]
+
+    async def ask(address: str) -> tuple[list[str], str]:
+        async with AsyncOpenAI(base_url=f"{address}/v1", api_key="any", timeout=300) as client:
+
+            async def answer(question: str) -> str:
+                stream = await client.chat.completions.create(
+                    model="smollm2-135m", messages=[{"role": "user", "content": question}],
+                    max_tokens=12, temperature=0, stream=True,
+                )  # fmt: skip
+                parts = [chunk async for chunk in stream]
+                return "".join(part.choices[0].delta.content or "" for part in parts)
+
+            crowd = await asyncio.gather(*map(answer, questions))
+            return crowd, await answer(questions[0])
+
+    with server(file, OMP_NUM_THREADS="2") as found:
+        crowd, alone = asyncio.run(ask(found.address))
+        found.stop()
+        assert found.wait() == 0
+    assert "Paris" in alone
+    assert crowd[0] == alone
+    assert len(set(crowd)) == len(crowd)
 
 
 def test_wrong_calls_end_at_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,17 +12,14 @@ from dataclasses import dataclass, field
 
 from fxgraft.cost_table import Price
 from fxgraft.cost_table_prices import DecodeLine
+from fxgraft.devices import Device
+from fxgraft.element_types import BITS
 from fxgraft.errors import InputError
 from fxgraft.runtime.hermes.communication import all_reduce
 from fxgraft.runtime.hermes.costs import NO_LIMIT
 
 STATIC, COMPUTE, MEMORY, NETWORK = 0.30, 0.40, 0.20, 0.10
 """Shares of a device's power: always, and by how busy arithmetic, memory and links are."""
-RATES = {"float32": 0.5, "bfloat16": 1.0, "float16": 1.0, "float8": 2.0, "int8": 2.0, "float4": 4.0,
-         "int4": 4.0}  # fmt: skip
-"""Arithmetic rate of a data type over that of bfloat16."""
-BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "float8": 1.0, "int8": 1.0, "float4": 0.5,
-         "int4": 0.5}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,28 +47,7 @@ class DenseModel:
 
     def kv_bytes(self, dtype: str) -> float:
         """Keys and values of one token, in all layers."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * BYTES[dtype]
-
-
-@dataclass(frozen=True, slots=True)
-class Accelerator:
-    """Peak rates of one device.
-
-    Attributes:
-        flops: operations per second in bfloat16, without sparsity.
-        bandwidth: bytes per second of memory.
-        memory: bytes.
-        link: bytes per second to its neighbours, in one direction.
-        watts: design power.
-        latency: of a link, in seconds.
-    """
-
-    flops: float
-    bandwidth: float
-    memory: float
-    link: float
-    watts: float
-    latency: float = 0.0
+        return 2 * self.layers * self.kv_heads * self.head_dim * bytes_of(dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,19 +84,17 @@ MODELS = {
     "qwen3-32b": DenseModel(64, 5120, 64, 8, 128, 25600, 151936),
 }
 """From the models' configuration files."""
-ACCELERATORS = {
-    "a100-40": Accelerator(312e12, 1600e9, 40e9, 150e9, 400),
-    "a100-80": Accelerator(312e12, 2039e9, 80e9, 150e9, 400),
-    "h100": Accelerator(989e12, 3400e9, 80e9, 450e9, 700),
-    "h200": Accelerator(989e12, 4800e9, 141e9, 450e9, 700),
-    "gh200": Accelerator(1979e12, 4900e9, 144e9, 450e9, 900),
-    "b100": Accelerator(3500e12, 8000e9, 192e9, 900e9, 700),
-    "tpu-v6e": Accelerator(926e12, 1640e9, 32e9, 100e9, 300),
-    "mi300x": Accelerator(1307e12, 5300e9, 192e9, 400e9, 750),
-    "gaudi3": Accelerator(1835e12, 3675e9, 128e9, 300e9, 900),
-}
-"""As published with GenZ and HERMES (spec section 9.2), design powers from the makers' sheets; the
-H200 differs from the H100 in its memory only."""
+
+
+def bytes_of(dtype: str) -> float:
+    """Bytes of one element.
+
+    Raises:
+        InputError: the data type is unknown.
+    """
+    if dtype not in BITS:
+        raise InputError(f"{dtype!r} is no data type", f"give one of: {', '.join(BITS)}")
+    return BITS[dtype] / 8
 
 
 @dataclass(slots=True)
@@ -140,7 +114,7 @@ class _Work:
 
 
 @dataclass(frozen=True)
-class RooflineCost:
+class DenseCost:
     """Prices steps of a dense model; see ``costs.StepCost``.
 
     Args:
@@ -154,7 +128,7 @@ class RooflineCost:
     """
 
     model: DenseModel
-    device: Accelerator
+    device: Device
     weights: str
     state: str = "bfloat16"
     activations: str = "bfloat16"
@@ -165,13 +139,19 @@ class RooflineCost:
     )
 
     def __post_init__(self) -> None:
-        for name in ("weights", "state", "activations"):
-            dtype = getattr(self, name)
-            if dtype not in BYTES:
-                raise InputError(f"{name} have the unknown data type {dtype!r}",
-                                 f"give one of: {', '.join(BYTES)}")  # fmt: skip
-        if self.devices < 1:
-            raise InputError(f"{self.devices} devices", "give at least one")
+        for dtype in (self.weights, self.state, self.activations):
+            bytes_of(dtype)
+        self.device.peak(self._arithmetic)
+        if self.devices > 1 and self.device.link is None:
+            raise InputError(f"device {self.device.name!r} has no links, so {self.devices} cannot "
+                             "share a model", "use one device")  # fmt: skip
+
+    @property
+    def _arithmetic(self) -> str:
+        """Weights of less than eight bits are widened before they are multiplied, where the
+        device does not compute in their type."""
+        known = self.weights in self.device.operations or BITS[self.weights] > 8
+        return self.weights if known else self.activations
 
     @property
     def idle_watts(self) -> float:
@@ -181,7 +161,7 @@ class RooflineCost:
     @property
     def memory_for_state(self) -> float:
         """Bytes of all devices that weights leave."""
-        used = self.model.parameters * BYTES[self.weights]
+        used = self.model.parameters * bytes_of(self.weights)
         return self.devices * self.device.memory - used
 
     def price(
@@ -235,9 +215,9 @@ class RooflineCost:
 
     def _linear(self, work: _Work, tokens: int, inputs: int, outputs: int, times: int) -> None:
         """``times`` alike linear layers, divided over the devices."""
-        peak = self.device.flops * RATES[self.weights]
-        moved = inputs * outputs * BYTES[self.weights] / self.devices
-        moved += tokens * (inputs + outputs / self.devices) * BYTES[self.activations]
+        peak = self.device.peak(self._arithmetic)
+        moved = inputs * outputs * bytes_of(self.weights) / self.devices
+        moved += tokens * (inputs + outputs / self.devices) * bytes_of(self.activations)
         share = self.efficiency
         work.add(
             times * 2 * tokens * inputs * outputs / self.devices / peak,
@@ -257,10 +237,15 @@ class RooflineCost:
 
     def _head(self, work: _Work, sequences: int) -> None:
         """Logits of the last token of each sequence; the head stays in the activations' type."""
-        model, size = self.model, BYTES[self.activations]
+        model, size = self.model, bytes_of(self.activations)
         moved = model.hidden * model.vocabulary * size / self.devices
         work.add(
-            2 * sequences * model.hidden * model.vocabulary / self.devices / self.device.flops,
+            2
+            * sequences
+            * model.hidden
+            * model.vocabulary
+            / self.devices
+            / self.device.peak(self.activations),
             moved / self.device.bandwidth,
             self.efficiency.linear_compute,
             self.efficiency.linear_memory,
@@ -270,14 +255,17 @@ class RooflineCost:
         """Two norms with residual additions read and write four rows each, the MLP's gate three."""
         model = self.model
         values = 8 * model.hidden + 3 * model.intermediate / self.devices
-        moved = model.layers * tokens * values * BYTES[self.activations]
+        moved = model.layers * tokens * values * bytes_of(self.activations)
         work.add(0.0, moved / self.device.bandwidth, 1.0, self.efficiency.elementwise)
 
     def _all_reduces(self, work: _Work, tokens: int) -> None:
         """Two per layer; none on one device."""
-        size = tokens * self.model.hidden * BYTES[self.activations]
-        rate = self.device.link * self.efficiency.communication
-        one = all_reduce(self.devices, size, rate, self.device.latency)
+        size = tokens * self.model.hidden * bytes_of(self.activations)
+        link = self.device.link
+        if link is None:
+            return
+        rate = link.bandwidth * self.efficiency.communication
+        one = all_reduce(self.devices, size, rate, link.latency)
         work.seconds += 2 * self.model.layers * one
         work.network += 2 * self.model.layers * one
 
@@ -286,7 +274,7 @@ class RooflineCost:
         operations = 4 * model.layers * model.heads * model.head_dim * new * (cached + new / 2)
         moved = model.kv_bytes(self.state) * (new + cached)
         work.add(
-            operations / self.devices / self.device.flops,
+            operations / self.devices / self.device.peak(self.activations),
             moved / self.devices / self.device.bandwidth,
             self.efficiency.prefill_attention,
             self.efficiency.decode_attention,
@@ -296,7 +284,7 @@ class RooflineCost:
         model = self.model
         operations = 4 * model.layers * model.heads * model.head_dim * context
         work.add(
-            operations / self.devices / self.device.flops,
+            operations / self.devices / self.device.peak(self.activations),
             model.kv_bytes(self.state) * context / self.devices / self.device.bandwidth,
             self.efficiency.prefill_attention,
             self.efficiency.decode_attention,
