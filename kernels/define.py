@@ -40,7 +40,7 @@ def define(
     LIBRARY.define(spec.name + schema)
     LIBRARY.impl(spec.name, implementation or spec.reference, "CompositeExplicitAutograd")
     _library.register_fake(qualified, fake, lib=LIBRARY)
-    if not spec.overload._schema.is_mutable:
+    if not spec.overload._schema.is_mutable:  # pyright: ignore[reportPrivateUsage]
         _library.register_autograd(
             qualified, _backward(spec.reference), setup_context=_setup_context, lib=LIBRARY
         )

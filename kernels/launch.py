@@ -29,15 +29,28 @@ _counters: dict[tuple[int | None, int | str], Tensor] = {}
 
 
 @triton.jit
+def start_next(PDL: tl.constexpr):
+    """Let the next kernel start, once all programs have said so or ended."""
+    if PDL:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def only_wait_for_inputs(PDL: tl.constexpr):
+    """Wait as ``wait_for_inputs`` does, and let the next kernel wait for ``start_next``."""
+    if PDL:
+        gdc_wait()
+
+
+@triton.jit
 def wait_for_inputs(PDL: tl.constexpr):
     """Let the next kernel start, and wait until what earlier kernels wrote can be read.
 
     Every program of a kernel calls it, also one that has nothing to do: a later kernel relies on
     this kernel's end to know that the kernels before it have ended.
     """
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
+    start_next(PDL)
+    only_wait_for_inputs(PDL)
 
 
 @triton.jit

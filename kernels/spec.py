@@ -110,7 +110,7 @@ class OpSpec:
 
     name: str
     kind: Kind
-    reference: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
+    reference: Callable[..., torch.Tensor | tuple[torch.Tensor, ...] | None]
     flops: Callable[[Node], Expr]
     states: tuple[State, ...] = ()
     total_dims: Mapping[str, int] = field(default_factory=dict[str, int])

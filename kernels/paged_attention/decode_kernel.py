@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fxgraft.kernels.launch import prefetch, wait_for_inputs
+from fxgraft.kernels.launch import only_wait_for_inputs, prefetch, start_next
 from fxgraft.kernels.paged_attention.pages import LOWEST, entries, rotated, scaled
 from fxgraft.kernels.paged_attention.splits import (
     add_parts,
@@ -82,8 +82,9 @@ def _new_token(
     column, value_column = tl.arange(0, BLOCK_D)[None, :], tl.arange(0, BLOCK_V)
     mask = (column < HEAD_DIM) & is_mine
     new_key = rotated(
-        key + tl.zeros((1, 1), tl.int32), column, mask, cos, sin, angle, ROTARY, INTERLEAVED
-    )
+        key + tl.zeros((1, 1), tl.int32), column, mask, cos, sin, angle, angle >= 0,
+        ROTARY, INTERLEAVED,
+    )  # fmt: skip
     value_mask = (value_column < VALUE_DIM) & is_mine
     new_value = tl.load(value + value_column, mask=value_mask, other=0.0)
     place = entries(length, is_mine, table, key_page, key_token, PAGE)
@@ -311,7 +312,7 @@ def decode_kernel(
                 value_cache, table, begin, end, value_page, value_token, blocks,
                 VALUE_DIM, BLOCK_V, PAGE, PREFETCH, PDL,
             )  # fmt: skip
-    wait_for_inputs(PDL)
+    only_wait_for_inputs(PDL)
     length = tl.load(past + row)
     begin, end, parts = part_of(length, split, WINDOW, SPLITS, LEAST)
     if length < 0:
@@ -327,6 +328,7 @@ def decode_kernel(
             cos,
             sin,
             angle,
+            angle >= 0,
             ROTARY,
             INTERLEAVED,
         )
@@ -351,6 +353,7 @@ def decode_kernel(
                 key_page, key_token, value_page, value_token, scale,
                 SOFTCAP, PAGE, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, TILE, STAGES,
             )  # fmt: skip
+        start_next(PDL)
         if parts == 1:
             finish(top, total, mixed, sinks, output, head, GROUP, VALUE_DIM, BLOCK_G, BLOCK_V)
         elif leave_part(

@@ -32,6 +32,7 @@ def rotated(
     cos,
     sin,
     angle,
+    angle_mask,
     ROTARY: tl.constexpr,
     INTERLEAVED: tl.constexpr,
 ):
@@ -42,7 +43,7 @@ def rotated(
         column: [1, C].
         mask: [R, C].
         cos, sin: pointers, or None if nothing rotates.
-        angle: offsets [R, 1] or [1, 1] of the rows of angles.
+        angle, angle_mask: offsets [R, 1] or [1, 1] of the rows of angles, and which to read.
         ROTARY: number of channels that rotate; 0 for none.
         INTERLEAVED: pairing of channels of ``fxgraft::rotary``.
     """
@@ -56,8 +57,8 @@ def rotated(
             partner = tl.where(is_first, column + ROTARY // 2, column - ROTARY // 2)
         turns = column < ROTARY
         other = tl.load(pointers + partner, mask=mask & turns, other=0.0).to(tl.float32)
-        cosine = tl.load(cos + angle + column, mask=mask & turns, other=1.0).to(tl.float32)
-        sine = tl.load(sin + angle + column, mask=mask & turns, other=0.0).to(tl.float32)
+        cosine = tl.load(cos + angle + column, mask=angle_mask & turns, other=1.0).to(tl.float32)
+        sine = tl.load(sin + angle + column, mask=angle_mask & turns, other=0.0).to(tl.float32)
         turned = value.to(tl.float32) * cosine + tl.where(is_first, -other, other) * sine
         value = turned.to(value.dtype)
     return value

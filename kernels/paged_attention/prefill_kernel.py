@@ -103,7 +103,17 @@ def write_kernel(
     elif which < 2 * kv_heads:
         head = which - kv_heads
         start = key + row * key_row + head * key_head + token.to(tl.int64) * key_token
-        keys = rotated(start[:, None], column[None, :], mask, cos, sin, angle, ROTARY, INTERLEAVED)
+        keys = rotated(
+            start[:, None],
+            column[None, :],
+            mask,
+            cos,
+            sin,
+            angle,
+            is_new[:, None],
+            ROTARY,
+            INTERLEAVED,
+        )
         _write(
             keys, key_cache + head * key_cache_head, table, token, length, writes,
             key_page, key_entry, HEAD_DIM, BLOCK_D, PAGE,
@@ -115,8 +125,9 @@ def write_kernel(
         head = which - 2 * kv_heads
         start = query + row * query_row + head * query_head + token.to(tl.int64) * query_token
         queries = rotated(
-            start[:, None], column[None, :], mask, cos, sin, angle, ROTARY, INTERLEAVED
-        )
+            start[:, None], column[None, :], mask, cos, sin, angle, is_new[:, None],
+            ROTARY, INTERLEAVED,
+        )  # fmt: skip
         place = ((row * tokens + token) * heads + head) * HEAD_DIM
         tl.store(rotated_query + place[:, None] + column[None, :], queries, mask=mask)
 

@@ -62,34 +62,50 @@ def finish(
 
 
 @triton.jit
+def _some_parts(
+    partial, statistics, row, start, parts,
+    GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """The largest logits [CHUNK, BLOCK_G] and sums [CHUNK, BLOCK_G, BLOCK_V] of some parts."""
+    group, column = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_V)
+    part = start + tl.arange(0, CHUNK)
+    place = row[None, :] + part[:, None] * GROUP
+    mask = (group < GROUP)[None, :] & (part < parts)[:, None]
+    top = tl.load(statistics + place * 2, mask=mask, other=LOWEST, cache_modifier=".cg")
+    values = tl.load(
+        partial + place[:, :, None] * BLOCK_V + column[None, None, :],
+        mask=mask[:, :, None],
+        other=0.0,
+        cache_modifier=".cg",
+    )
+    return top, values
+
+
+@triton.jit
 def add_parts(
     partial, statistics, pair, parts, sinks, output, head,
     GROUP: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_V: tl.constexpr,
     SPLITS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Add up the parts, in an order that is always the same, and store the outputs."""
-    group, column, split = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_V), tl.arange(0, SPLITS)
+    group, split = tl.arange(0, BLOCK_G), tl.arange(0, SPLITS)
     row = pair * SPLITS * GROUP + group
     mask = group < GROUP
     place = row[None, :] + split[:, None] * GROUP
     is_part = mask[None, :] & (split < parts)[:, None]
+    # Before anything waits for the first loads: a round trip to L2 takes long.
+    weight, values = _some_parts(partial, statistics, row, 0, parts, GROUP, BLOCK_G, BLOCK_V, CHUNK)
     tops = tl.load(statistics + place * 2, mask=is_part, other=LOWEST, cache_modifier=".cg")
     totals = tl.load(statistics + place * 2 + 1, mask=is_part, other=0.0, cache_modifier=".cg")
     top = tl.max(tops, axis=0)
     total = tl.sum(totals * tl.exp2(tops - top[None, :]), axis=0)
     mixed = tl.zeros((BLOCK_G, BLOCK_V), tl.float32)
     for start in range(0, parts, CHUNK):
-        some = start + tl.arange(0, CHUNK)
-        here = row[None, :] + some[:, None] * GROUP
-        shown = mask[None, :] & (some < parts)[:, None]
-        weight = tl.load(statistics + here * 2, mask=shown, other=LOWEST, cache_modifier=".cg")
-        values = tl.load(
-            partial + here[:, :, None] * BLOCK_V + column[None, None, :],
-            mask=shown[:, :, None],
-            other=0.0,
-            cache_modifier=".cg",
-        )
         mixed += tl.sum(values * tl.exp2(weight - top[None, :])[:, :, None], axis=0)
+        if start + CHUNK < parts:
+            weight, values = _some_parts(
+                partial, statistics, row, start + CHUNK, parts, GROUP, BLOCK_G, BLOCK_V, CHUNK
+            )
     finish(top, total, mixed, sinks, output, head, GROUP, VALUE_DIM, BLOCK_G, BLOCK_V)
 
 

@@ -123,9 +123,9 @@ class Stopwatch:
                 engine.prefill.requests.append(request)
             yield request
         finally:
-            engine.prefill.options = options
             if request is not None:
                 engine.cancel(request)
+            engine.prefill.options = options
 
     @contextmanager
     def _running(self, batch: int, context: int) -> Generator[bool]:

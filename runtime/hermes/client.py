@@ -89,6 +89,11 @@ class Client(ABC):
         vector_bytes: of a query's embedding, for transfers.
     """
 
+    __slots__ = (
+        "assigned", "busy_seconds", "dollars_per_hour", "epoch", "hub", "idle_watts", "index",
+        "kv_bytes", "marked_steps", "name", "place", "served", "servers", "step_joules",
+        "steps_run", "vector_bytes",
+    )  # fmt: skip
     kind = ""
 
     def __init__(
@@ -130,8 +135,12 @@ class Client(ABC):
         """A request arrives."""
 
     @abstractmethod
-    def on_step(self, now: float) -> None:
-        """A scheduled moment has come: a step ends, or an idle client looks at its queue."""
+    def on_step(self, now: float) -> float | None:
+        """A scheduled moment has come: a step ends, or an idle client looks at its queue.
+
+        Returns:
+            When to be called again; None to wait for a request.
+        """
 
     @abstractmethod
     def withdraw(self, request: Request, now: float) -> bool:

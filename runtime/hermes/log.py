@@ -19,6 +19,10 @@ class Rows:
         columns: their names.
         keep: whether rows are kept; dropped rows still reach ``reduce``.
         reduce: called with each chunk, float64 [rows, columns], before it is kept or dropped.
+
+    Attributes:
+        append: adds one row, a tuple with a number for each column.
+        wanted: whether anybody sees the rows.
     """
 
     def __init__(
@@ -32,18 +36,22 @@ class Rows:
         self.keep = keep
         self.reduce = reduce
         self.wanted = keep or reduce is not None
-        self._pack = struct.Struct(f"{len(columns)}d").pack
-        self._limit = _CHUNK * 8 * len(columns)
         self._pending = bytearray()
         self._chunks: list[Array] = []
+        self.append = self._appender() if self.wanted else _drop
 
-    def append(self, row: tuple[float, ...]) -> None:
-        """Add one row."""
-        if self.wanted:
-            pending = self._pending
-            pending += self._pack(*row)
-            if len(pending) >= self._limit:
-                self.flush()
+    def _appender(self) -> Callable[[tuple[float, ...]], None]:
+        """A closure, because it is called several times per simulated request."""
+        extend, pending, flush = self._pending.extend, self._pending, self.flush
+        pack = struct.Struct(f"{len(self.columns)}d").pack
+        limit = _CHUNK * 8 * len(self.columns)
+
+        def append(row: tuple[float, ...]) -> None:
+            extend(pack(*row))
+            if len(pending) >= limit:
+                flush()
+
+        return append
 
     def flush(self) -> None:
         """Turn pending rows into an array."""
@@ -65,3 +73,7 @@ class Rows:
         if len(self._chunks) > 1:
             self._chunks = [np.concatenate(self._chunks)]
         return {name: self._chunks[0][:, i] for i, name in enumerate(self.columns)}
+
+
+def _drop(row: tuple[float, ...]) -> None:
+    """Rows that nobody wants."""

@@ -65,7 +65,7 @@ class QueueClient(Client):
         self.forget(request)
         return True
 
-    def on_step(self, now: float) -> None:
+    def on_step(self, now: float) -> float | None:
         """Steps end, servers that are free take the next requests."""
         running = self._running
         while running and running[0][0] <= now:
@@ -78,8 +78,7 @@ class QueueClient(Client):
                 self.hub.finish_stage(request, now)
         while self._queue and len(running) < self.servers:
             self._start(now)
-        if running:
-            self.hub.schedule(self, running[0][0])
+        return running[0][0] if running else None
 
     def _start(self, now: float) -> None:
         queue = self._queue

@@ -41,6 +41,7 @@ class Request:
         deadline: when it gives up if it still waits for its first token.
         branch_outputs: tokens to emit by each branch of the present decode stage; empty for one.
         position: index of the present stage in the chain.
+        decodes: whether the present prefill, or the last one, is followed by a decode.
         round: decode stages that it has finished.
         state: waiting, running, transfer, or one of the terminal states.
         loaded: context tokens whose keys and values arrive with it (KV retrieval); they are not
@@ -82,6 +83,7 @@ class Request:
     deadline: float = float("inf")
     branch_outputs: tuple[int, ...] = ()
     position: int = 0
+    decodes: bool = False
     round: int = 0
     state: str = WAITING
     loaded: int = 0

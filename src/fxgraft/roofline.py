@@ -25,7 +25,7 @@ from fxgraft.element_types import ElementTypes
 from fxgraft.errors import InputError
 from fxgraft.operators import operator_of, qualified_name
 from fxgraft.program import Program
-from fxgraft.step_costs import Kind, StepGraph, StepNode, Work
+from fxgraft.step_costs import KINDS, Kind, StepGraph, StepNode, Work
 from fxgraft.step_tables import Priced, Ranges, Setting, step_table
 
 _COLLECTIVE_START = 5e-6
@@ -88,16 +88,15 @@ def roofline_table(
     return step_table(graph, roofline.price, parsed, setting, ranges, model=program)
 
 
-def _by_kind(value: Efficiency | Mapping[Kind, Efficiency] | None) -> Mapping[str, Efficiency]:
-    kinds = ("linear", "attention", "recurrence", "collective", "other")
-    if isinstance(value, Mapping):
-        unknown = sorted(set(value) - set(kinds))
-        if unknown:
-            raise InputError(
-                f"there is no kind of node {unknown[0]!r}", f"the kinds are: {', '.join(kinds)}"
-            )
-        return {kind: value.get(kind, Efficiency()) for kind in kinds}  # pyright: ignore[reportArgumentType, reportCallIssue]
-    return dict.fromkeys(kinds, value or Efficiency())
+def _by_kind(value: Efficiency | Mapping[Kind, Efficiency] | None) -> Mapping[Kind, Efficiency]:
+    if not isinstance(value, Mapping):
+        return dict.fromkeys(KINDS, value or Efficiency())
+    unknown = sorted(set(value) - set(KINDS))
+    if unknown:
+        raise InputError(
+            f"there is no kind of node {unknown[0]!r}", f"the kinds are: {', '.join(KINDS)}"
+        )
+    return {kind: value.get(kind, Efficiency()) for kind in KINDS}
 
 
 def _size(program: Program) -> int:
@@ -116,7 +115,7 @@ class Roofline:
     """
 
     def __init__(
-        self, on: Device, types: ElementTypes, efficiency: Mapping[str, Efficiency], devices: int
+        self, on: Device, types: ElementTypes, efficiency: Mapping[Kind, Efficiency], devices: int
     ) -> None:
         self.device, self.efficiency, self.devices = on, efficiency, devices
         self._peak = on.peak(types.products)

@@ -442,11 +442,6 @@ def _row_source(work: _Insertion, node: Node) -> Node | None:
     return source if dims(source)[1] == work.sequence else None
 
 
-def _treats_rows_alike(node: Node) -> bool:
-    spec = spec_of(node)
-    return node.target in _ROW_WISE or (spec is not None and spec.kind == "norm")
-
-
 def _others_broadcast(work: _Insertion, node: Node) -> bool:
     if node.target is aten.slice.Tensor and dims(node) != dims(node.args[0]):
         return False

@@ -33,6 +33,7 @@ from fxgraft.state import StateTensor, insert_state
 from fxgraft.weight_products import WeightProduct, weight_products
 
 Kind = Literal["linear", "attention", "recurrence", "collective", "other"]
+KINDS: tuple[Kind, ...] = ("linear", "attention", "recurrence", "collective", "other")
 Scope = Literal["tokens", "sequences", "context"]
 _PAST = "past"
 

@@ -2,7 +2,8 @@
 
 Recognised are ``aten.linear``, ops of ``fxgraft`` of kind ``"linear"``, and ``mm``, ``addmm``,
 ``matmul``, ``bmm``, ``baddbmm`` and grouped products whose second operand follows from weights
-alone (a transposed weight, for example), or the first one of ``W x``. Convolutions and ``einsum`` are not among them.
+alone (a transposed weight, for example), or the first one of ``W x``. Convolutions and ``einsum``
+are not among them.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ def test_globs_that_match_nothing(option: str, glob: str) -> None:
 
 
 def test_a_declaration_for_no_weight() -> None:
-    with pytest.raises(InputError, match="no weight 'third.weight'"):
+    with pytest.raises(InputError, match=r"no weight 'third\.weight'"):
         declare(program().copy(), "third.weight", DeclaredPattern(2, 4))
 
 

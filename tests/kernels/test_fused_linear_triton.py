@@ -1,5 +1,8 @@
 """The Triton kernels of ``fxgraft::fused_linear`` against the reference in float64."""
 
+# The kernels' modules are imported only where they can run.
+# pyright: reportPossiblyUnboundVariable=false
+
 from __future__ import annotations
 
 from typing import Any

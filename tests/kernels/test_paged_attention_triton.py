@@ -1,10 +1,13 @@
 """The Triton kernels of ``fxgraft::paged_attention`` against the reference in float64."""
 
+# The kernels' modules are imported only where they can run.
+# pyright: reportPossiblyUnboundVariable=false
+
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -120,7 +123,7 @@ def check(call: Call, *, longest: int = -1) -> Tensor:
     assert not output[[not is_active for is_active in active]].any()
     _assert_near(output[active], expected[active], ERRORS[call.dtype])
     for kind in (3, 4):
-        cache, wanted = given[kind].cpu(), wide[kind]
+        cache, wanted = given[kind].cpu(), cast(Tensor, wide[kind])
         assert torch.equal(cache.isnan(), wanted.isnan())
         _assert_near(cache.nan_to_num(), wanted.nan_to_num(), ERRORS[call.dtype])
     return output
@@ -208,9 +211,10 @@ def test_prompt_equals_steps() -> None:
     again: Any = [None if x is None else x.clone() for x in given]
     together = kernels.paged_attention(*given, **options)
     for token in range(call.new):
-        new = [x[:, :, token : token + 1] for x in (*again[:3], *again[7:9])]
+        new: list[Any] = [x[:, :, token : token + 1] for x in (*again[:3], *again[7:9])]
         past = again[6] + token
-        step = kernels.paged_attention(*new[:3], *again[3:6], past, *new[3:], again[9], **options)
+        inputs: Any = (*new[:3], *again[3:6], past, *new[3:], again[9])
+        step = kernels.paged_attention(*inputs, **options)
         _assert_near(step, together[:, :, token : token + 1].cpu().double(), 1e-5)
     assert torch.equal(given[3].nan_to_num(), again[3].nan_to_num())
 

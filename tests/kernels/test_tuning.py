@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -109,7 +108,7 @@ def test_a_table_is_never_half_written(folder: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(OSError, match="no space"):
         table.put({KEY: Blocks("b")})
     assert TunedTable("product", Blocks).get(KEY) == Blocks("a")
-    assert os.listdir(folder) == ["product.json"]
+    assert [path.name for path in folder.iterdir()] == ["product.json"]
 
 
 def test_where_tables_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from fxgraft.runtime.hermes.llm.blocks import blocks_for
 from fxgraft.runtime.hermes.llm.decodes import JumpingDecodes
 from fxgraft.runtime.hermes.llm.loads import Loads
 from fxgraft.runtime.hermes.llm.reference import ListedDecodes
-from fxgraft.runtime.hermes.llm.scheduler import Limits, Scheduler, owed_by
+from fxgraft.runtime.hermes.llm.scheduler import WHOLE, Limits, Scheduler, owed_by
 from fxgraft.runtime.hermes.request import WAITING, Request
 from fxgraft.runtime.hermes.stages import DECODE_KINDS, PREFILL, Stage
 
@@ -39,6 +39,11 @@ class LlmClient(Client):
     """
 
     kind = "llm"
+    __slots__ = (
+        "_first", "_in_step", "_joule_slope", "_joules", "_log_step", "_marks", "_slope", "_start",
+        "_steps", "_surely_fits", "_tokens", "_woken", "_outgoing", "context_length", "cost",
+        "decodes", "limits", "marks", "model", "role", "scheduler", "swap_bandwidth",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -68,6 +73,10 @@ class LlmClient(Client):
         self.swap_bandwidth = swap_bandwidth
         self.context_length = context_length or NO_LIMIT
         self.marks = marks
+        # Requests of one branch with so many tokens in all need no closer look.
+        self._surely_fits = min(self.context_length, limits.blocks * limits.block_size)
+        if limits.strategy in WHOLE:
+            self._surely_fits = min(self._surely_fits, limits.max_batched_tokens)
         kind = ListedDecodes if stepwise else JumpingDecodes
         self.decodes = kind(limits.block_size)
         self.scheduler = Scheduler(limits, self.decodes)
@@ -77,6 +86,7 @@ class LlmClient(Client):
         self._woken = False
         self._start = 0.0
         self._steps = 0
+        self._tokens = 0
         self._first = self._slope = 0.0
         self._joules = self._joule_slope = 0.0
         self._marks = 0
@@ -86,6 +96,7 @@ class LlmClient(Client):
         """Join a system and its log of gaps."""
         super().attach(index, hub)
         self.decodes.log_gaps(hub.gaps, index)
+        self._log_step = hub.steps.append
 
     # -- taking requests
 
@@ -105,26 +116,26 @@ class LlmClient(Client):
             request.live = sum([output > request.emitted for output in request.outputs()])
             self.scheduler.owed += owed_by(request)
             return
-        decodes = request.decodes_next()
         request.emitted = 0
-        request.live = len(request.branch_outputs) or 1 if decodes else 1
-        request.loaded = min(request.loaded, request.prompt - 1)
+        request.live = len(request.branch_outputs) or 1 if request.decodes else 1
+        if request.loaded:
+            request.loaded = min(request.loaded, request.prompt - 1)
         request.todo = request.prompt - request.loaded
         self.scheduler.pending_prompt += request.todo
-        if decodes and self.role != "prefill":
+        if request.decodes and self.role != "prefill":
             self.scheduler.owed += owed_by(request)
 
     def forget(self, request: Request) -> None:
         """Its tokens are no longer to be done here."""
         self.assigned -= 1
         self.scheduler.pending_prompt -= request.todo
-        if request.handed_over or (self.role != "prefill" and request.decodes_next()):
+        if request.handed_over or (self.role != "prefill" and request.decodes):
             self.scheduler.owed -= owed_by(request)
 
     def problem(self, request: Request) -> str:
         """Why a request can never run here, or ``""``."""
         limits, tokens = self.limits, request.prompt
-        if request.handed_over or (self.role != "prefill" and request.decodes_next()):
+        if request.handed_over or (self.role != "prefill" and request.decodes):
             blocks = self._most_blocks(request)
             tokens += request.output
         else:
@@ -151,11 +162,12 @@ class LlmClient(Client):
 
     def submit(self, request: Request, now: float) -> None:
         """A request joins the queue, or is rejected because it can never run."""
-        problem = self.problem(request)
-        if problem:
-            self.forget(request)
-            self.hub.reject(request, problem, now)
-            return
+        if request.prompt + request.output > self._surely_fits or request.branch_outputs:
+            problem = self.problem(request)
+            if problem:
+                self.forget(request)
+                self.hub.reject(request, problem, now)
+                return
         request.state = WAITING
         scheduler, limits = self.scheduler, self.limits
         is_seen = scheduler.queue.size == 0 or limits.order != "fcfs"
@@ -199,14 +211,15 @@ class LlmClient(Client):
 
     # -- running steps
 
-    def on_step(self, now: float) -> None:
+    def on_step(self, now: float) -> float | None:
         """A step or jump ends; plan and start the next one."""
         self._woken = False
         if self._in_step:
             self._complete(now)
-        self._begin(now)
+        return self._begin(now)
 
-    def _begin(self, now: float) -> None:
+    def _begin(self, now: float) -> float | None:
+        """Start what the scheduler plans; returns its end."""
         scheduler = self.scheduler
         scheduler.now = now
         scheduler.plan()
@@ -216,15 +229,13 @@ class LlmClient(Client):
         elif scheduler.with_decodes:
             self._price_jump()
         else:
-            return
+            return None
         if scheduler.swapped_tokens:
             self._first += scheduler.swapped_tokens * self.kv_bytes / self.swap_bandwidth
             scheduler.swapped_tokens = 0
             self._steps = 1
         self._in_step = True
         self._start = now
-        steps = self._steps
-        self.hub.schedule(self, now + (self._first if steps == 1 else self._duration(steps)))
         for request, _, _ in chunks:
             if request.started < 0:
                 request.prefill_started = now
@@ -234,6 +245,7 @@ class LlmClient(Client):
                 if request.started < 0:
                     self._mark_start(request, now)
             scheduler.joined.clear()
+        return now + (self._first if self._steps == 1 else self._duration(self._steps))
 
     def _mark_start(self, request: Request, now: float) -> None:
         request.started = now
@@ -241,7 +253,13 @@ class LlmClient(Client):
 
     def _price_mixed(self) -> None:
         scheduler, decodes = self.scheduler, self.decodes
-        prompts = [(new, before) for _, new, before in scheduler.chunks]
+        if len(scheduler.chunks) == 1:
+            _, tokens, before = scheduler.chunks[0]
+            prompts = [(tokens, before)]
+        else:
+            prompts = [(new, before) for _, new, before in scheduler.chunks]
+            tokens = sum([new for new, _ in prompts])
+        self._tokens = tokens
         if scheduler.with_decodes:
             price = self.cost.price(prompts, decodes.count, decodes.context)
         else:
@@ -258,10 +276,12 @@ class LlmClient(Client):
         _, last, self._first, slope, self._joules, joule_slope = self.cost.decode_line(
             count, context
         )
+        self._tokens = 0
         fit = (last - context) // count + 1 if last < NO_LIMIT else NO_LIMIT
         if fit < 1 or self.scheduler.preempted:
             fit = 1
-        self._steps = decodes.jump(self.scheduler.pool.free, fit)
+        pool = self.scheduler.pool
+        self._steps = decodes.jump(pool.capacity - pool.used, fit)
         self._slope, self._joule_slope = slope * count, joule_slope * count
         if self.marks:
             self._marks = self.cost.price((), count, context).extrapolated
@@ -292,9 +312,8 @@ class LlmClient(Client):
             self.hub.schedule(self, max(self._start + self._duration(steps), now))
 
     def _complete(self, now: float) -> None:
-        scheduler, decodes, steps, chunks = (
-            self.scheduler, self.decodes, self._steps, self.scheduler.chunks
-        )  # fmt: skip
+        scheduler, decodes, steps = self.scheduler, self.decodes, self._steps
+        chunks = scheduler.chunks
         self._in_step = False
         joules = self._joules
         if steps > 1:
@@ -302,29 +321,30 @@ class LlmClient(Client):
         self.steps_run += steps
         self.busy_seconds += now - self._start
         self.step_joules += joules
-        self.marked_steps += steps * self._marks
-        rows, pool = self.hub.steps, scheduler.pool
+        if self._marks:
+            self.marked_steps += steps
+        pool = scheduler.pool
         used, count, context, gap, older = pool.used, 0, 0, 0.0, 0
         if scheduler.with_decodes:
             count, context = decodes.count, decodes.context
-            pool.take(decodes.allocate(steps))
+            blocks = decodes.allocate(steps)
+            if blocks:
+                pool.take(blocks)
             gap, older = decodes.advance(steps, self._start, self._first, self._slope, now)
-        if rows.wanted:
-            tokens = sum([new for _, new, _ in chunks]) if chunks else 0
-            rows.append(
-                (
-                    self.index, self._start, now, steps, self._first, self._slope, len(chunks),
-                    tokens, count, context, scheduler.queue.size, used, joules, gap, older,
-                )
-            )  # fmt: skip
+        self._log_step(
+            (
+                self.index, self._start, now, steps, self._first, self._slope, len(chunks),
+                self._tokens, count, context, scheduler.queue.size, used, joules, gap, older,
+            )
+        )  # fmt: skip
         if count and decodes.next_end <= decodes.clock:
             self._end_branches(now)
         if chunks:
             scheduler.chunks = []
+            scheduler.pending_prompt -= self._tokens
             for request, new, _ in chunks:
                 request.computed += new
                 request.todo -= new
-                scheduler.pending_prompt -= new
                 if request.todo == 0:
                     self._finish_prompt(request, now)
 
@@ -339,7 +359,7 @@ class LlmClient(Client):
     def _finish_prompt(self, request: Request, now: float) -> None:
         scheduler = self.scheduler
         scheduler.prompt_ended(request)
-        if not request.emitted and not request.decodes_next():
+        if not request.decodes:
             scheduler.leave(request)
             request.loaded = 0
             self._done(request, now)
@@ -397,7 +417,7 @@ class LlmClient(Client):
         output = request.output
         request.decode_span += now - request.stage_first
         request.decode_gaps += output - 1
-        request.total_emitted += sum(request.branch_outputs) or output
+        request.total_emitted += sum(request.branch_outputs) if request.branch_outputs else output
         request.prompt += output
         request.emitted = request.loaded = 0
         request.round += 1

@@ -13,6 +13,8 @@ from fxgraft.runtime.hermes.request import RUNNING, WAITING, Request
 
 Strategy = Literal["static", "continuous", "mixed", "chunked", "running_first"]
 Admission = Literal["prompt", "sequence", "chunk"]
+WHOLE: tuple[Strategy, ...] = ("static", "continuous", "mixed")
+"""Strategies that do not cut prompts."""
 Chunk = tuple[Request, int, int]
 """A request, the prompt tokens it computes in this step, and its context before."""
 
@@ -69,6 +71,12 @@ class Scheduler:
         resumed: called with a request whose decode goes on after a preemption.
     """
 
+    __slots__ = (
+        "_by_chunk", "chunks", "decodes", "hands_over", "joined", "limits", "now", "owed",
+        "pending_prompt", "plan", "pool", "preempted", "prefilling", "queries", "queue", "resumed",
+        "running", "swapped_tokens", "whole", "with_decodes",
+    )  # fmt: skip
+
     def __init__(self, limits: Limits, decodes: Decodes) -> None:
         self.limits = limits
         self.decodes = decodes
@@ -88,7 +96,7 @@ class Scheduler:
         self.hands_over = False
         self.resumed: Callable[[Request], None] = _ignore
         self._by_chunk = limits.admission == "chunk" or limits.strategy == "running_first"
-        self.whole = limits.strategy in ("static", "continuous", "mixed")
+        self.whole = limits.strategy in WHOLE
         self.plan: Callable[[], None] = {
             "static": self._plan_static,
             "continuous": self._plan_continuous,
@@ -115,7 +123,8 @@ class Scheduler:
     def _plan_together(self) -> None:
         decodes = self.decodes
         self.preempted = False
-        if decodes.count and decodes.needed() > self.pool.free:
+        pool = self.pool
+        if decodes.count and decodes.needed() > pool.capacity - pool.used:
             self._make_room()
         budget = self.limits.max_batched_tokens - decodes.count
         if self.prefilling:
@@ -137,11 +146,15 @@ class Scheduler:
             if request not in self.running:
                 continue
             new = min(request.todo, budget)
-            end = request.computed + new
-            more = prompt_blocks(request, end, self.pool.size) - request.held
-            if more > 0 and not self._room_for(more, request):
-                continue
-            self._take_chunk(request, new, max(more, 0))
+            if self._by_chunk:
+                end = request.computed + new
+                more = prompt_blocks(request, end, self.pool.size) - request.held
+                if more > 0:
+                    if not self._room_for(more, request):
+                        continue
+                    self.pool.take(more)
+                    request.held += more
+            self.chunks.append((request, new, request.computed))
             budget -= new
         return budget
 
@@ -153,11 +166,6 @@ class Scheduler:
             if victim is request:
                 return False
         return True
-
-    def _take_chunk(self, request: Request, new: int, blocks: int) -> None:
-        self.pool.take(blocks)
-        request.held += blocks
-        self.chunks.append((request, new, request.computed))
 
     def _admit(self, budget: int) -> None:
         """Admit from the queue until something does not fit."""
@@ -206,7 +214,7 @@ class Scheduler:
         """Admit a prompt if it fits; returns the tokens of it that run now, 0 if none."""
         size, pool = self.pool.size, self.pool
         total = request.prompt + request.live * request.emitted
-        hits = self._cached(request, total)
+        hits = self._cached(request, total) if pool.prefix_cache else []
         computed = max(len(hits) * size, request.loaded)
         todo = total - computed
         new = todo if self.whole else min(todo, budget)
@@ -217,9 +225,11 @@ class Scheduler:
         wanted = blocks
         if self.limits.admission == "sequence" and self._grows(request):
             wanted = final_blocks(request, size) - len(hits)
-        if wanted + pool.idle_among(hits) > pool.free - self.decodes.needed():
+        if hits:
+            wanted += pool.idle_among(hits)
+        if wanted > pool.capacity - pool.used - self.decodes.needed():
             return 0
-        if self.limits.prefix_cache:
+        if pool.prefix_cache:
             self._share(request, hits, total)
         self._start(request)
         self.pending_prompt -= request.todo - todo
@@ -229,17 +239,17 @@ class Scheduler:
             request.recomputed += max(request.lost - computed, 0)
             request.lost = 0
         self.prefilling.append(request)
-        self._take_chunk(request, new, blocks)
+        pool.take(blocks)
+        request.held += blocks
+        self.chunks.append((request, new, computed))
         return new
 
     def _grows(self, request: Request) -> bool:
         """Whether it decodes here after its prompt."""
-        return not self.hands_over and (request.emitted > 0 or request.decodes_next())
+        return request.decodes and not self.hands_over
 
     def _cached(self, request: Request, total: int) -> list[int]:
         """Cached blocks of a prompt; its last token is always computed."""
-        if not self.limits.prefix_cache:
-            return []
         hits = self.pool.match(request, (total - 1) // self.pool.size)
         return hits if len(hits) * self.pool.size >= request.loaded else []
 
@@ -307,7 +317,7 @@ class Scheduler:
 
     def publish(self, request: Request, tokens: int) -> None:
         """Let others find a request's computed blocks."""
-        if self.limits.prefix_cache:
+        if self.pool.prefix_cache:
             self.pool.give(self.pool.publish(request, tokens))
 
     def branch_ended(self, request: Request, blocks: int, *, is_last: bool) -> None:
@@ -335,7 +345,8 @@ class Scheduler:
 
     def join(self, request: Request) -> None:
         """A computed prompt goes on as decode; branches that want no more tokens end."""
-        live = sum(output > request.emitted for output in request.outputs())
+        outputs = request.branch_outputs
+        live = sum(output > request.emitted for output in outputs) if outputs else 1
         if live < request.live:
             size = self.pool.size
             while request.live > live:
@@ -348,7 +359,10 @@ class Scheduler:
 
 def owed_by(request: Request) -> int:
     """Tokens that a request still has to emit."""
-    return sum(output - request.emitted for output in request.outputs() if output > request.emitted)
+    emitted = request.emitted
+    if not request.branch_outputs:
+        return max(request.output - emitted, 0)
+    return sum([output - emitted for output in request.branch_outputs if output > emitted])
 
 
 def prompt_blocks(request: Request, tokens: int, size: int) -> int:

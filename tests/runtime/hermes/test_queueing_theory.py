@@ -12,7 +12,6 @@ import pytest
 from fxgraft.runtime.hermes import System
 from fxgraft.runtime.hermes.results.metrics import number_in_system
 from fxgraft.runtime.hermes.results.result import Result
-from tests.runtime.hermes._systems import Table
 
 MANY = 200_000
 BATCHES = 40
@@ -55,14 +54,14 @@ def assert_mean(values: Any, expected: float) -> None:
 
 @pytest.mark.slow
 def test_constant_service_waits_as_in_an_m_d_1_queue() -> None:
-    result = host_system(0.8, 1.0, "constant", requests=2 * MANY).simulate()
+    result = host_system(0.8, 1.0, "constant", requests=4 * MANY).simulate()
     assert_mean(waits(result), 0.8 / (2 * (1 - 0.8)))
     assert result.summary["total"]["e2e"]["mean"] == pytest.approx(3.0, rel=0.02)
 
 
 @pytest.mark.slow
 def test_exponential_service_stays_as_long_as_in_an_m_m_1_queue() -> None:
-    result = host_system(0.8, 1.0, "exponential", requests=2 * MANY).simulate()
+    result = host_system(0.8, 1.0, "exponential", requests=5 * MANY).simulate()
     requests = result.requests
     sojourn = (requests["end"] - requests["arrival"])[np.argsort(requests["request"])]
     assert_mean(sojourn, 5.0)
@@ -70,7 +69,7 @@ def test_exponential_service_stays_as_long_as_in_an_m_m_1_queue() -> None:
 
 @pytest.mark.slow
 def test_several_servers_wait_by_erlang_c() -> None:
-    result = host_system(1.6, 1.0, "exponential", cores=2, requests=2 * MANY).simulate()
+    result = host_system(1.6, 1.0, "exponential", cores=2, requests=5 * MANY).simulate()
     waited = waits(result)
     assert erlang_c(2, 1.6) == pytest.approx(0.7111, abs=1e-4)
     assert_mean((waited > 0).astype(float), erlang_c(2, 1.6))
