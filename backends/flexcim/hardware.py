@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fxgraft.errors import InputError
 from fxgraft.validation import nowhere, readable
+from fxgraft.yaml_source import YamlSource
 
 Cell = Literal["gather", "pair", "dense"]
 MOST_POSITIONS: Mapping[str, int] = {"gather": 256, "pair": 32, "dense": 1}
@@ -209,24 +209,17 @@ def parse(value: Hardware | Mapping[str, Any] | str | Path | None) -> Hardware:
 
     Raises:
         InputError: the file cannot be read, a key is unknown (suggests a near one) or a value is
-            impossible; names it.
+            impossible; names it, and its line in a file.
     """
     if isinstance(value, Hardware):
         return value
-    where = "the hardware configuration"
+    name, where = "the hardware configuration", nowhere
     if isinstance(value, (str, Path)):
-        where = str(value)
-        value = _read(Path(value))
+        source = YamlSource.read(Path(value))
+        value, where = cast(Any, source.value), source.where
     if value is not None and not isinstance(value, Mapping):
-        raise InputError(f"{where} is no mapping", "give fields and their values")
+        raise InputError(f"{where(())}{name} is no mapping", "give fields and their values")
     try:
         return Hardware.model_validate(dict(value or {}))
     except ValidationError as error:
-        raise readable(error, Hardware, where, nowhere) from error
-
-
-def _read(path: Path) -> Any:
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise InputError(f"{path} cannot be read: {error}", "give a YAML file") from error
+        raise readable(error, Hardware, name, where) from error

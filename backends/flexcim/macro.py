@@ -139,6 +139,7 @@ class Layout:
 
     @property
     def replays(self) -> int:
+        """How often the inputs are sent for one pass over the stored weights."""
         return self.gemm.replays if self.hardware.cell == "pair" and self.pattern.is_sparse else 1
 
     @property

@@ -348,7 +348,7 @@ class CostModel:
             capacity=hardware.memory,
             weight_bytes=-(-self.weight_bits // 8),
         )
-        return step_table(self.graph, self.price, self.types, setting, ranges, model=self.program)
+        return step_table(self.graph, self.price, setting, ranges)
 
 
 _MOST_KNOWN = 512

@@ -28,7 +28,7 @@ def missing() -> str | None:
 def _figure(width: float, height: float) -> tuple[Any, Any]:
     problem = missing()
     if problem:
-        raise LoweringError(f"plots cannot be drawn: {problem}", "pip install 'fxgraft[plots]'")
+        raise LoweringError(f"plots cannot be drawn: {problem}", "pip install 'fxgraft[plot]'")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -66,11 +66,11 @@ def _some_parts(
     partial, statistics, row, start, parts,
     GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """The largest logits [CHUNK, BLOCK_G] and sums [CHUNK, BLOCK_G, BLOCK_V] of some parts."""
+    """The largest logits [BLOCK_G, CHUNK] and sums [BLOCK_G, CHUNK, BLOCK_V] of some parts."""
     group, column = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_V)
     part = start + tl.arange(0, CHUNK)
-    place = row[None, :] + part[:, None] * GROUP
-    mask = (group < GROUP)[None, :] & (part < parts)[:, None]
+    place = row[:, None] + part[None, :] * GROUP
+    mask = (group < GROUP)[:, None] & (part < parts)[None, :]
     top = tl.load(statistics + place * 2, mask=mask, other=LOWEST, cache_modifier=".cg")
     values = tl.load(
         partial + place[:, :, None] * BLOCK_V + column[None, None, :],
@@ -90,20 +90,19 @@ def add_parts(
     """Add up the parts, in an order that is always the same, and store the outputs."""
     group, split = tl.arange(0, BLOCK_G), tl.arange(0, SPLITS)
     row = pair * SPLITS * GROUP + group
-    mask = group < GROUP
-    place = row[None, :] + split[:, None] * GROUP
-    is_part = mask[None, :] & (split < parts)[:, None]
     # Before anything waits for the first loads: a round trip to L2 takes long.
-    weight, values = _some_parts(partial, statistics, row, 0, parts, GROUP, BLOCK_G, BLOCK_V, CHUNK)
-    tops = tl.load(statistics + place * 2, mask=is_part, other=LOWEST, cache_modifier=".cg")
-    totals = tl.load(statistics + place * 2 + 1, mask=is_part, other=0.0, cache_modifier=".cg")
-    top = tl.max(tops, axis=0)
-    total = tl.sum(totals * tl.exp2(tops - top[None, :]), axis=0)
+    tops, values = _some_parts(partial, statistics, row, 0, parts, GROUP, BLOCK_G, BLOCK_V, CHUNK)
+    place = row[:, None] + split[None, :] * GROUP
+    mask = (group < GROUP)[:, None] & (split < parts)[None, :]
+    all_tops = tl.load(statistics + place * 2, mask=mask, other=LOWEST, cache_modifier=".cg")
+    totals = tl.load(statistics + place * 2 + 1, mask=mask, other=0.0, cache_modifier=".cg")
+    top = tl.max(all_tops, axis=1)
+    total = tl.sum(totals * tl.exp2(all_tops - top[:, None]), axis=1)
     mixed = tl.zeros((BLOCK_G, BLOCK_V), tl.float32)
     for start in range(0, parts, CHUNK):
-        mixed += tl.sum(values * tl.exp2(weight - top[None, :])[:, :, None], axis=0)
+        mixed += tl.sum(values * tl.exp2(tops - top[:, None])[:, :, None], axis=1)
         if start + CHUNK < parts:
-            weight, values = _some_parts(
+            tops, values = _some_parts(
                 partial, statistics, row, start + CHUNK, parts, GROUP, BLOCK_G, BLOCK_V, CHUNK
             )
     finish(top, total, mixed, sinks, output, head, GROUP, VALUE_DIM, BLOCK_G, BLOCK_V)

@@ -175,30 +175,29 @@ class DenseCost:
         if not sequences:
             return Price(0.0, 0.0)
         tokens = decodes + sum([new for new, _ in prefills])
-        seconds, joules = self._without_attention(tokens, sequences)
-        work = _Work()
+        seconds, joules = self.without_attention(tokens, sequences)
         for new, cached in prefills:
-            self._prefill_attention(work, new, cached)
+            more, energy = self.prefill_attention(new, cached)
+            seconds, joules = seconds + more, joules + energy
         if decodes:
-            self._decode_attention(work, decode_context)
-        return Price(seconds + work.seconds, joules + self._joules(work))
+            more, energy = self.decode_attention(decode_context)
+            seconds, joules = seconds + more, joules + energy
+        return Price(seconds, joules)
 
     def decode_line(self, decodes: int, decode_context: int) -> DecodeLine:
         """Attention of decodes is proportional to their context: one line without end."""
         here = self.price((), decodes, decode_context)
-        work = _Work()
-        self._decode_attention(work, 1)
+        seconds, joules = self.decode_attention(1)
         return DecodeLine(
-            decode_context, NO_LIMIT, here.seconds, work.seconds, here.joules or 0.0,
-            self._joules(work),
-        )  # fmt: skip
+            decode_context, NO_LIMIT, here.seconds, seconds, here.joules or 0.0, joules
+        )
 
     def _joules(self, work: _Work) -> float:
         busy = COMPUTE * work.compute + MEMORY * work.memory + NETWORK * work.network
         return self.device.watts * self.devices * (STATIC * work.seconds + busy)
 
-    def _without_attention(self, tokens: int, sequences: int) -> tuple[float, float]:
-        """Seconds and joules of all that does not depend on contexts."""
+    def without_attention(self, tokens: int, sequences: int) -> tuple[float, float]:
+        """Seconds and joules of a step but for its attention."""
         found = self._by_tokens.get((tokens, sequences))
         if found is None:
             work = _Work()
@@ -269,23 +268,24 @@ class DenseCost:
         work.seconds += 2 * self.model.layers * one
         work.network += 2 * self.model.layers * one
 
-    def _prefill_attention(self, work: _Work, new: int, cached: int) -> None:
+    def prefill_attention(self, new: int, cached: int) -> tuple[float, float]:
+        """Seconds and joules of attention over a prompt's new and cached tokens."""
         model = self.model
         operations = 4 * model.layers * model.heads * model.head_dim * new * (cached + new / 2)
-        moved = model.kv_bytes(self.state) * (new + cached)
+        return self._attention(operations, model.kv_bytes(self.state) * (new + cached))
+
+    def decode_attention(self, context: int) -> tuple[float, float]:
+        """Seconds and joules of attention of single queries over so many keys in all."""
+        model = self.model
+        operations = 4 * model.layers * model.heads * model.head_dim * context
+        return self._attention(operations, model.kv_bytes(self.state) * context)
+
+    def _attention(self, operations: float, moved: float) -> tuple[float, float]:
+        work = _Work()
         work.add(
             operations / self.devices / self.device.peak(self.activations),
             moved / self.devices / self.device.bandwidth,
             self.efficiency.prefill_attention,
             self.efficiency.decode_attention,
         )
-
-    def _decode_attention(self, work: _Work, context: int) -> None:
-        model = self.model
-        operations = 4 * model.layers * model.heads * model.head_dim * context
-        work.add(
-            operations / self.devices / self.device.peak(self.activations),
-            model.kv_bytes(self.state) * context / self.devices / self.device.bandwidth,
-            self.efficiency.prefill_attention,
-            self.efficiency.decode_attention,
-        )
+        return work.seconds, self._joules(work)

@@ -85,7 +85,7 @@ def roofline_table(
         energy=Energy(source="formula", idle_watts=_STATIC * chosen.watts),
         capacity=int(chosen.memory), launch_seconds=chosen.step,
     )  # fmt: skip
-    return step_table(graph, roofline.price, parsed, setting, ranges, model=program)
+    return step_table(graph, roofline.price, setting, ranges)
 
 
 def _by_kind(value: Efficiency | Mapping[Kind, Efficiency] | None) -> Mapping[Kind, Efficiency]:

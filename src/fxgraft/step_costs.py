@@ -102,15 +102,19 @@ class StepGraph:
         types: floating elements count as if of these types; None: their own.
 
     Attributes:
+        model: the Program whose steps these are.
+        types: that elements are counted as; the Program's own commonest one if none was given.
         program: the step graph, or the Program itself if it has no steps.
         states: what it keeps from step to step; empty without steps.
+        without_steps: why it has no steps, empty if it has.
         nodes: those that do work.
         unknown: operators without a rule, by number of nodes.
     """
 
     def __init__(self, program: Program, types: ElementTypes | None = None) -> None:
+        self.model, self.program = program, program
+        self.types = types or ElementTypes.of(program)
         self.states: tuple[StateTensor, ...] = ()
-        self.program = program
         self.without_steps = ""
         try:
             step = insert_state(program)

@@ -97,11 +97,9 @@ class Setting:
 def step_table(
     graph: StepGraph,
     price: Price,
-    types: ElementTypes,
     setting: Setting,
     ranges: Ranges | None = None,
     *,
-    model: Program,
     tolerance: float = 1e-3,
 ) -> StepCostTable:
     """Make a table.
@@ -109,10 +107,8 @@ def step_table(
     Args:
         graph: the step's nodes.
         price: of their work.
-        types: that the work was counted with.
         setting: what the table says about itself.
         ranges: the largest steps.
-        model: the Program that ``graph`` was made of.
         tolerance: error of interpolation that more knots are made for, relative to a part's price;
             or to a tenth of the cheapest step's, where that is more.
 
@@ -135,8 +131,10 @@ def step_table(
         parts.append(Part(name="launch", per="step", axes={}, seconds=(setting.launch_seconds,),
                           joules=joules))  # fmt: skip
     table = StepCostTable(
-        identity=identity(model, types, setting.backend, setting.device, setting.configuration),
-        memory=_memory(graph, types, setting, ranges),
+        identity=identity(
+            graph.model, graph.types, setting.backend, setting.device, setting.configuration
+        ),
+        memory=_memory(graph, setting, ranges),
         energy=setting.energy,
         origin=Origin(
             method=setting.method,
@@ -232,7 +230,8 @@ def _held_out(
     )  # fmt: skip
 
 
-def _memory(graph: StepGraph, types: ElementTypes, setting: Setting, ranges: Ranges) -> Memory:
+def _memory(graph: StepGraph, setting: Setting, ranges: Ranges) -> Memory:
+    types = graph.types
     growing, fixed = state_memory(graph.states, types)
     constant, per_token = activation_bytes(graph.program, types, min(ranges.new_tokens, 1024))
     weights = setting.weight_bytes

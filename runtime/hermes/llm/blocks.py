@@ -24,11 +24,6 @@ class BlockPool:
         peak: most blocks that were in use.
     """
 
-    __slots__ = (
-        "_idle", "_users", "asked_tokens", "capacity", "hit_tokens", "peak", "prefix_cache", "size",
-        "used",
-    )  # fmt: skip
-
     def __init__(self, capacity: int, size: int, *, prefix_cache: bool = False) -> None:
         self.capacity = capacity
         self.size = size

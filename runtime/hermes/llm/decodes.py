@@ -31,10 +31,6 @@ class Decodes(ABC):
         last_end: when the last decode step ended, in seconds.
     """
 
-    __slots__ = (
-        "_client", "_rows", "block_size", "clock", "context", "count", "last_end", "next_end",
-    )  # fmt: skip
-
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
         self.count: int = 0
@@ -114,8 +110,6 @@ class Decodes(ABC):
 
 class JumpingDecodes(Decodes):
     """Decodes whose bookkeeping is independent of the number of tokens."""
-
-    __slots__ = ("_due", "_end_sum", "_ends", "_fresh", "_gap_clocks", "_gaps")
 
     def __init__(self, block_size: int) -> None:
         super().__init__(block_size)

@@ -19,8 +19,6 @@ class Queue:
         size: number of waiting requests.
     """
 
-    __slots__ = ("_front", "_heap", "_line", "order", "size")
-
     def __init__(self, order: Order = "fcfs") -> None:
         self.order = order
         self.size = 0

@@ -34,8 +34,6 @@ class Branch:
 class ListedDecodes(Decodes):
     """Decodes as a list of branches; a jump is always one step."""
 
-    __slots__ = ("branches",)
-
     def __init__(self, block_size: int) -> None:
         super().__init__(block_size)
         self.branches: list[Branch] = []

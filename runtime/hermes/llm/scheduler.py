@@ -71,12 +71,6 @@ class Scheduler:
         resumed: called with a request whose decode goes on after a preemption.
     """
 
-    __slots__ = (
-        "_by_chunk", "chunks", "decodes", "hands_over", "joined", "limits", "now", "owed",
-        "pending_prompt", "plan", "pool", "preempted", "prefilling", "queries", "queue", "resumed",
-        "running", "swapped_tokens", "whole", "with_decodes",
-    )  # fmt: skip
-
     def __init__(self, limits: Limits, decodes: Decodes) -> None:
         self.limits = limits
         self.decodes = decodes
