@@ -108,7 +108,9 @@ def candidates(rows: int) -> list[Config]:
     }  # fmt: skip
     return found + [
         Config("matrix", n, k, split, warps, stages, ahead)
-        for ((n, k, warps), stages), split, ahead in product(tiles.items(), (1, 2, 4, 8), (0, 512))
+        for ((n, k, warps), stages), split, ahead in product(
+            tiles.items(), (1, 2, 4), (0, 512, 2048)
+        )
         if rows <= 32 or k <= 256
     ]
 

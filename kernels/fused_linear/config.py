@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -60,22 +60,38 @@ def config_for(
 ) -> Config:
     """The tuned configuration where there is one, else a rule's."""
     tuned = TABLE.get(key_of(device, dtype, features, inner, rows))
-    return tuned or rule(dtype, features, inner, rows)
+    return tuned or _fitted(rule(dtype, features, inner, rows), device, dtype, rows)
 
 
 def rule(dtype: torch.dtype, features: int, inner: int, rows: int) -> Config:
     """A configuration that is good on an H100, from sizes alone."""
+    widest = max(64, 1 << (inner - 1).bit_length())
     if rows == 1:
-        block_n = _largest_block(features, (16, 8, 4), programs=256)
-        return Config("vector", block_n, 512, warps=4)
+        block_k = min(widest, 1024 if dtype.itemsize == 2 else 512)
+        return Config("vector", 8, block_k, warps=4, prefetch=512)
     if dtype == torch.float32:
         return Config("matrix", 32, 64, _splits(features, inner, 32, 64), warps=4, stages=2)
-    block_k = 128 if rows <= 32 else 64
-    return Config("matrix", 64, block_k, _splits(features, inner, 64, block_k), stages=4)
+    if rows > 32:
+        return Config("matrix", 32, min(widest, 128), 1, warps=4, stages=6, prefetch=512)
+    block_k = min(widest, 512)
+    if rows > 16 or features >= 16 * 384:
+        return Config("matrix", 16, block_k, 1, warps=2, stages=3, prefetch=512)
+    splits = min(2, _splits(features, inner, 32, block_k))
+    return Config("matrix", 32, block_k, splits, warps=4, stages=3, prefetch=512)
 
 
-def _largest_block(features: int, blocks: tuple[int, ...], programs: int) -> int:
-    return next((block for block in blocks if features >= block * programs), blocks[-1])
+def _fitted(config: Config, device: torch.device, dtype: torch.dtype, rows: int) -> Config:
+    """The same with fewer stages, or smaller ones, where a program has less shared memory."""
+    if config.kernel != "matrix" or device.type != "cuda":
+        return config
+    room = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    lines = config.block_n + max(16, bucket_of(rows))
+    while config.stages * lines * config.block_k * dtype.itemsize > room - 4096:
+        if config.stages > 2:
+            config = replace(config, stages=config.stages - 1)
+        else:
+            config = replace(config, block_k=config.block_k // 2)
+    return config
 
 
 def _splits(features: int, inner: int, block_n: int, block_k: int, programs: int = 256) -> int:

@@ -102,6 +102,7 @@ def _by_products(
     key_cache,
     value_cache,
     table,
+    page,
     begin,
     end,
     key_page,
@@ -129,7 +130,6 @@ def _by_products(
     top = tl.where(place == 0, tl.max(first_score, axis=0), LOWEST)
     total = tl.where(top > LOWEST, 1.0, 0.0)
     mixed = tl.where((place == 0)[:, None], first_value[None, :], 0.0)
-    page = tl.load(table + (begin + place) // PAGE, mask=begin + place < end, other=0)
     for start in tl.range(begin, end, TILE, num_stages=STAGES):
         token = start + place
         mask = token < end
@@ -164,6 +164,7 @@ def _by_dots(
     key_cache,
     value_cache,
     table,
+    page,
     begin,
     end,
     key_page,
@@ -186,6 +187,7 @@ def _by_dots(
         query: [G, D], rotated.
         first_score: [G], the logits of one token more, or LOWEST where there is none.
         first_value: [D], its value.
+        page: [TILE], the blocks of the first tokens.
 
     Returns:
         The largest logit [G], the sum of weights [G], and the weighted sum of values [G, D], over
@@ -196,7 +198,6 @@ def _by_dots(
     total = tl.where(first_score > LOWEST, 1.0, 0.0)
     mixed = total[:, None] * first_value[None, :]
     place = tl.arange(0, TILE)
-    page = tl.load(table + (begin + place) // PAGE, mask=begin + place < end, other=0)
     for start in tl.range(begin, end, TILE, num_stages=STAGES):
         token = start + place
         mask = token < end
@@ -320,6 +321,8 @@ def decode_kernel(
             store_zeros(output, GROUP, VALUE_DIM, BLOCK_G, BLOCK_V)
     elif split < parts:
         group, column = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
+        token = begin + tl.arange(0, TILE)
+        page = tl.load(table + token // PAGE, mask=token < end, other=0)
         angle = tl.zeros((1, 1), tl.int64) + row * angle_row
         queries = rotated(
             query + row * query_row + ((head + group) * query_head)[:, None],
@@ -343,13 +346,13 @@ def decode_kernel(
         score = tl.where(split == 0, scaled(score, scale, SOFTCAP), LOWEST)
         if BLOCK_G == 1:
             top, total, mixed = _by_products(
-                queries, score, first_value, key_cache, value_cache, table, begin, end,
+                queries, score, first_value, key_cache, value_cache, table, page, begin, end,
                 key_page, key_token, value_page, value_token, scale,
                 SOFTCAP, PAGE, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, TILE, STAGES,
             )  # fmt: skip
         else:
             top, total, mixed = _by_dots(
-                queries, score, first_value, key_cache, value_cache, table, begin, end,
+                queries, score, first_value, key_cache, value_cache, table, page, begin, end,
                 key_page, key_token, value_page, value_token, scale,
                 SOFTCAP, PAGE, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, TILE, STAGES,
             )  # fmt: skip

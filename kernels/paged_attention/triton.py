@@ -31,8 +31,8 @@ _WIDEST = 256
 # Query heads of a kv head times channels: what a program holds in registers.
 _LARGEST_GROUP = 128 * 128
 _ROTATED_AT_ONCE = 4096
-# Floats: 64 registers of each thread of four warps.
-_ADDED_AT_ONCE = 8192
+# Floats: 128 registers of each thread of four warps.
+_ADDED_AT_ONCE = 16384
 
 
 @dataclass(frozen=True)

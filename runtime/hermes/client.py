@@ -135,8 +135,13 @@ class Client(ABC):
         """A request arrives."""
 
     @abstractmethod
-    def on_step(self, now: float) -> float | None:
+    def on_step(self, now: float, until: float) -> float | None:
         """A scheduled moment has come: a step ends, or an idle client looks at its queue.
+
+        Args:
+            now: the moment.
+            until: nothing else happens in the system before; the client may run ahead up to there
+                as long as it does not end a stage.
 
         Returns:
             When to be called again; None to wait for a request.

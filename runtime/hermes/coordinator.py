@@ -173,7 +173,8 @@ class Coordinator:
         while True:
             self.now = time
             number += 1
-            following = client.on_step(time)
+            until = limit if not heap or heap[0][0] > limit else heap[0][0]
+            following = client.on_step(time, until)
             if observer is not None:
                 observer(self)
             if following is None:

@@ -65,7 +65,7 @@ class QueueClient(Client):
         self.forget(request)
         return True
 
-    def on_step(self, now: float) -> float | None:
+    def on_step(self, now: float, until: float) -> float | None:
         """Steps end, servers that are free take the next requests."""
         running = self._running
         while running and running[0][0] <= now:

@@ -40,9 +40,28 @@ class LlmClient(Client):
 
     kind = "llm"
     __slots__ = (
-        "_first", "_in_step", "_joule_slope", "_joules", "_log_step", "_marks", "_slope", "_start",
-        "_steps", "_surely_fits", "_tokens", "_woken", "_outgoing", "context_length", "cost",
-        "decodes", "limits", "marks", "model", "role", "scheduler", "swap_bandwidth",
+        "_first",
+        "_in_step",
+        "_joule_slope",
+        "_joules",
+        "_log_step",
+        "_marks",
+        "_outgoing",
+        "_slope",
+        "_start",
+        "_steps",
+        "_surely_fits",
+        "_tokens",
+        "_woken",
+        "context_length",
+        "cost",
+        "decodes",
+        "limits",
+        "marks",
+        "model",
+        "role",
+        "scheduler",
+        "swap_bandwidth",
     )  # fmt: skip
 
     def __init__(
@@ -80,6 +99,7 @@ class LlmClient(Client):
         kind = ListedDecodes if stepwise else JumpingDecodes
         self.decodes = kind(limits.block_size)
         self.scheduler = Scheduler(limits, self.decodes)
+        self._runs_ahead = not (stepwise or self.scheduler.by_chunk)
         self.scheduler.resumed = self._log_break
         self.scheduler.hands_over = role == "prefill"
         self._in_step = False
@@ -211,12 +231,69 @@ class LlmClient(Client):
 
     # -- running steps
 
-    def on_step(self, now: float) -> float | None:
+    def on_step(self, now: float, until: float) -> float | None:
         """A step or jump ends; plan and start the next one."""
         self._woken = False
         if self._in_step:
             self._complete(now)
-        return self._begin(now)
+        end = self._begin(now)
+        if end is not None and end < until and self._runs_ahead:
+            scheduler = self.scheduler
+            if len(scheduler.chunks) == 1 == len(scheduler.prefilling):
+                return self._run_prompt(end, until)
+        return end
+
+    def _run_prompt(self, end: float, until: float) -> float:
+        """Run the steps of one prompt as long as only it and the decodes' contexts change.
+
+        The same as ``_complete`` and ``_begin`` by turns, without what cannot happen here.
+
+        Args:
+            end: of the step that has begun, with a chunk of the prompt.
+            until: nothing else happens before.
+
+        Returns:
+            The end of the last step that has begun.
+        """
+        scheduler, decodes, pool = self.scheduler, self.decodes, self.scheduler.pool
+        request, new, before = scheduler.chunks[0]
+        count, queued = decodes.count, scheduler.queue.size
+        budget = self.limits.max_batched_tokens - count
+        while end < until and (request.todo - new >= budget or not queued and request.todo > new):
+            if count and (
+                decodes.next_end <= decodes.clock + 1
+                or decodes.allocate(2) > pool.capacity - pool.used
+            ):
+                break
+            start, first, joules, used = self._start, self._first, self._joules, pool.used
+            context, gap, older = decodes.context, 0.0, 0
+            if count:
+                pool.take(decodes.allocate(1))
+                gap, older = decodes.advance(1, start, first, 0.0, end)
+            self.steps_run += 1
+            self.busy_seconds += end - start
+            self.step_joules += joules
+            self.marked_steps += self._marks
+            self._log_step(
+                (
+                    self.index, start, end, 1, first, 0.0, 1, new, count, context, queued, used,
+                    joules, gap, older,
+                )
+            )  # fmt: skip
+            scheduler.pending_prompt -= new
+            request.todo -= new
+            before = request.computed = before + new
+            new = request.todo if request.todo < budget else budget
+            self._first, energy, self._marks = self.cost.price(
+                [(new, before)], count, decodes.context
+            )
+            self._joules = energy or 0.0
+            self._start = end
+            end += self._first
+        self._tokens = new
+        scheduler.now = self._start
+        scheduler.chunks[0] = request, new, before
+        return end
 
     def _begin(self, now: float) -> float | None:
         """Start what the scheduler plans; returns its end."""

@@ -67,6 +67,7 @@ class Scheduler:
         joined: requests that joined the decodes since the last step without a prefill here.
         swapped_tokens: tokens moved from or to the host since the last step was priced.
         now: time of the present step, set by the client.
+        by_chunk: whether blocks are taken chunk by chunk, not prompt by prompt.
         hands_over: whether requests decode elsewhere.
         resumed: called with a request whose decode goes on after a preemption.
     """
@@ -89,7 +90,7 @@ class Scheduler:
         self.now = 0.0
         self.hands_over = False
         self.resumed: Callable[[Request], None] = _ignore
-        self._by_chunk = limits.admission == "chunk" or limits.strategy == "running_first"
+        self.by_chunk = limits.admission == "chunk" or limits.strategy == "running_first"
         self.whole = limits.strategy in WHOLE
         self.plan: Callable[[], None] = {
             "static": self._plan_static,
@@ -140,7 +141,7 @@ class Scheduler:
             if request not in self.running:
                 continue
             new = min(request.todo, budget)
-            if self._by_chunk:
+            if self.by_chunk:
                 end = request.computed + new
                 more = prompt_blocks(request, end, self.pool.size) - request.held
                 if more > 0:
@@ -214,7 +215,7 @@ class Scheduler:
         new = todo if self.whole else min(todo, budget)
         if new <= 0 or (new > budget and (self.chunks or not request.emitted)):
             return 0
-        end = computed + new if self._by_chunk else total
+        end = computed + new if self.by_chunk else total
         blocks = prompt_blocks(request, end, size) - len(hits)
         wanted = blocks
         if self.limits.admission == "sequence" and self._grows(request):
