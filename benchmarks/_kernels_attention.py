@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -105,6 +107,17 @@ class Step:
             )[0]  # fmt: skip
             worst = max(worst, float((found[row] - expected).norm() / expected.norm()))
         return worst
+
+
+def prepare() -> None:
+    """Compile the kernels, in processes of their own."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(3, context) as pool:
+        list(pool.map(_compile, (1, 4, 8)))
+
+
+def _compile(group: int) -> None:
+    Step.make(1, 2048, group).ours(0)
 
 
 def cases(contexts: tuple[int, ...] = (2048, 8192, 32768)) -> list[tuple[int, int, int]]:

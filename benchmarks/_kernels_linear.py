@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +19,7 @@ from fxgraft.kernels.fused_linear.config import (
     TABLE,
     Config,
     bucket_of,
+    config_for,
     describe,
     key_of,
     rule,
@@ -115,12 +116,22 @@ def candidates(rows: int) -> list[Config]:
     ]
 
 
-def prepare(rows: Sequence[int]) -> None:
-    """Compile all candidates, in processes of their own."""
-    jobs = [(count, config) for count in rows for config in candidates(count)]
+def prepare(jobs: Iterable[tuple[int, Config]]) -> None:
+    """Compile configurations for numbers of rows, in processes of their own."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(14, os.cpu_count() or 1), context) as pool:
-        list(pool.map(_compile, jobs, chunksize=4))
+        list(pool.map(_compile, jobs, chunksize=2))
+
+
+def chosen() -> list[tuple[int, Config]]:
+    """What the op runs on ``SHAPES``, to be compiled before it is measured."""
+    device = torch.device("cuda")
+    found = {
+        (max(rows, 2) if config.kernel == "matrix" else 1, config)
+        for (inner, features), rows in product(SHAPES, ROWS)
+        if (config := config_for(device, DTYPE, features, inner, rows)).kernel != "library"
+    }
+    return sorted(found, key=str)
 
 
 def _compile(job: tuple[int, Config]) -> None:
@@ -133,7 +144,7 @@ def tune(shapes: Iterable[tuple[int, int]]) -> list[str]:
     """Measure all candidates and put the best into the user's table; returns lines to print."""
     lines: list[str] = []
     tuned = (1, 8, 16, 32, 64)
-    prepare(tuned)
+    prepare((rows, config) for rows in tuned for config in candidates(rows))
     for inner, features in shapes:
         layer = Layer.make(inner, features)
         for rows in tuned:

@@ -55,10 +55,12 @@ def breakdown(costs: Costs, path: str | Path) -> Path:
         parts = blocks.setdefault(node.block, {})
         for part, joules in node.energy.items():
             parts[part] = parts.get(part, 0.0) + joules
-    names = list(blocks)
+    least = 1e-3 * costs.joules
+    names = [name for name, parts in blocks.items() if sum(parts.values()) > least]
     if len(names) > _MOST_BARS:
-        names = sorted(names, key=lambda name: -sum(blocks[name].values()))[:_MOST_BARS]
-    figure, axes = _figure(7, 1.5 + 0.3 * len(names))
+        largest = sorted(names, key=lambda name: -sum(blocks[name].values()))[:_MOST_BARS]
+        names = [name for name in names if name in largest]
+    figure, axes = _figure(8, 2.5 + 0.3 * len(names))
     left = [0.0] * len(names)
     for place, part in enumerate(p for p in ENERGY_PARTS if costs.energy[p]):
         values = [blocks[name].get(part, 0.0) * 1e6 for name in names]
@@ -68,7 +70,7 @@ def breakdown(costs: Costs, path: str | Path) -> Path:
     axes.invert_yaxis()
     axes.set_xlabel("energy (uJ)")
     axes.set_title(f"{costs.configuration}: {costs.batch} x {costs.new_tokens} tokens")
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside right upper", fontsize="small")
     return _save(figure, path)
 
 
@@ -169,7 +171,8 @@ def designs(found: Sequence[Design], path: str | Path) -> Path:
         text = " ".join(f"{value}" for value in design.values.values())
         axes.annotate(text, (design.seconds * 1e3, design.joules * 1e3), fontsize=6,
                       xytext=(4, 4), textcoords="offset points")  # fmt: skip
-    axes.set_xscale("log")
+    if able and max(d.seconds for d in able) > 10 * min(d.seconds for d in able):
+        axes.set_xscale("log")
     axes.set_xlabel("time (ms)")
     axes.set_ylabel("energy (mJ)")
     axes.set_title(", ".join(able[0].values) if able else "")

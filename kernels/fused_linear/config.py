@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 
@@ -84,9 +84,10 @@ def _fitted(config: Config, device: torch.device, dtype: torch.dtype, rows: int)
     """The same with fewer stages, or smaller ones, where a program has less shared memory."""
     if config.kernel != "matrix" or device.type != "cuda":
         return config
-    room = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    properties = cast(Any, torch.cuda).get_device_properties(device)
+    room = properties.shared_memory_per_block_optin - 4096
     lines = config.block_n + max(16, bucket_of(rows))
-    while config.stages * lines * config.block_k * dtype.itemsize > room - 4096:
+    while config.stages * lines * config.block_k * dtype.itemsize > room:
         if config.stages > 2:
             config = replace(config, stages=config.stages - 1)
         else:

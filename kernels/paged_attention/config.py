@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-# Programs that a row's splits and kv heads are to give: about two for each processor of an H100.
+# Programs that a step is to have at least: about two for each processor of an H100.
 _PROGRAMS = 256
-_MOST_SPLITS = 64
+_MOST_SPLITS = 32
 _LEAST = 64
+_LONGEST = 4096
 
 
 @dataclass(frozen=True)
@@ -17,8 +18,9 @@ class DecodeConfig:
     """How one step runs.
 
     Attributes:
-        splits: most programs that share a row's kv head, a power of 2.
-        least: tokens that a program has at least, a multiple of ``tile``.
+        splits: programs that share a row's kv head, a power of 2.
+        least: fewer programs share it if one would have fewer tokens; a multiple of ``tile``.
+        longest: more programs share it if one would have more tokens, a multiple of ``least``.
         tile: tokens of an iteration, a power of 2.
         warps: warps of a program.
         stages: iterations whose loads are in flight.
@@ -27,6 +29,7 @@ class DecodeConfig:
 
     splits: int
     least: int
+    longest: int
     tile: int
     warps: int
     stages: int
@@ -50,26 +53,33 @@ class PrefillConfig:
     stages: int
 
 
-def decode_config(dtype: torch.dtype, kv_heads: int, group: int, width: int) -> DecodeConfig:
-    """The configuration of a step; the batch has no say, so that a row's result has not either.
+def decode_config(
+    dtype: torch.dtype, rows: int, kv_heads: int, group: int, width: int
+) -> DecodeConfig:
+    """The configuration of a step.
+
+    How a row is split decides how its result is rounded. It may depend on the number of rows, as
+    in ``fxgraft::fused_linear``, but not in float32.
 
     Args:
         dtype: of the caches.
+        rows: rows of the batch.
         kv_heads: key and value heads.
         group: query heads of a kv head.
         width: channels of a key or value, whichever has more, as a power of 2.
     """
-    splits = 1
-    while splits < _MOST_SPLITS and kv_heads * splits < _PROGRAMS:
+    splits, most = 1, _MOST_SPLITS if kv_heads >= 4 else 2 * _MOST_SPLITS
+    pairs = kv_heads * (1 if dtype == torch.float32 else rows)
+    while splits < most and pairs * splits < _PROGRAMS:
         splits *= 2
     entry = width * dtype.itemsize
-    prefetch = max(16, min(64, 16384 // entry))
+    prefetch = max(16, min(128, 32768 // entry))
     if group == 1:
-        tile = max(8, min(_LEAST, 8192 // entry))
-        return DecodeConfig(splits, _LEAST, tile, warps=4, stages=1, prefetch=prefetch)
+        tile = 16 if width > 128 else min(_LEAST, 16384 // entry)
+        return DecodeConfig(splits, _LEAST, _LONGEST, tile, 8, stages=2, prefetch=prefetch)
     tile = 16 if dtype == torch.float32 else 64 if width <= 128 else 32
     warps = 8 if group > 32 or entry > 512 else 4
-    return DecodeConfig(splits, _LEAST, tile, warps, stages=3, prefetch=prefetch)
+    return DecodeConfig(splits, 2 * _LEAST, _LONGEST, tile, warps, stages=3, prefetch=prefetch)
 
 
 def prefill_config(dtype: torch.dtype, tokens: int, width: int) -> PrefillConfig:

@@ -95,10 +95,28 @@ def _new_token(
 
 
 @triton.jit
+def _new_logits(queries, new_key, split, scale, SOFTCAP: tl.constexpr):
+    """The new token's logits [G] for the first split, which has its key; LOWEST for others."""
+    score = tl.sum(queries.to(tl.float32) * new_key.to(tl.float32), axis=1)
+    return tl.where(split == 0, scaled(score, scale, SOFTCAP), LOWEST)
+
+
+@triton.jit
+def _with_new(top, total, mixed, score, value):
+    """Continue an online softmax by one token, unless its logits ``score`` are LOWEST."""
+    higher = tl.maximum(top, score)
+    weight, decay = tl.exp2(score - higher), tl.exp2(top - higher)
+    weight = tl.where(score > LOWEST, weight, 0.0)
+    return (
+        higher,
+        total * decay + weight,
+        mixed * decay[:, None] + weight[:, None] * value[None, :],
+    )
+
+
+@triton.jit
 def _by_products(
     query,
-    first_score,
-    first_value,
     key_cache,
     value_cache,
     table,
@@ -119,7 +137,7 @@ def _by_products(
     TILE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One query head, without tensor cores; arguments and results of ``_by_dots``.
+    """One query head, without tensor cores; as ``_by_dots``, but for the token more.
 
     Each place of a tile keeps a softmax of its own, so that no two threads have to agree on a
     maximum before the end.
@@ -127,9 +145,9 @@ def _by_products(
     place = tl.arange(0, TILE)
     column, value_column = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     wide = tl.sum(query.to(tl.float32), axis=0)
-    top = tl.where(place == 0, tl.max(first_score, axis=0), LOWEST)
-    total = tl.where(top > LOWEST, 1.0, 0.0)
-    mixed = tl.where((place == 0)[:, None], first_value[None, :], 0.0)
+    top = tl.full((TILE,), LOWEST, tl.float32)
+    total = tl.zeros((TILE,), tl.float32)
+    mixed = tl.zeros((TILE, BLOCK_V), tl.float32)
     for start in tl.range(begin, end, TILE, num_stages=STAGES):
         token = start + place
         mask = token < end
@@ -268,14 +286,16 @@ def decode_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
     SPLITS: tl.constexpr,
+    MOST: tl.constexpr,
     LEAST: tl.constexpr,
+    LONGEST: tl.constexpr,
     TILE: tl.constexpr,
     STAGES: tl.constexpr,
     CHUNK: tl.constexpr,
     PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One split of one kv head of one row; grid (SPLITS, kv heads, rows).
+    """One split of one kv head of one row; grid (MOST, kv heads, rows).
 
     Args:
         output: [rows, heads, VALUE_DIM].
@@ -286,8 +306,8 @@ def decode_kernel(
         blocks: number of blocks in the caches.
         pages: width of the table.
         HEADS, BLOCK_G: query heads of a kv head, as a power of 2 and as the tensor cores take them.
-        SPLITS: most parts of a row, a power of 2.
-        LEAST: parts are multiples of so many tokens.
+        SPLITS, LEAST, LONGEST: how rows are split, as ``part_of`` says.
+        MOST: most parts of a row, a power of 2.
         TILE: tokens of an iteration.
         CHUNK: parts that are read at once when they are added.
         PREFETCH: tokens to ask for before the inputs are ready, a power of 2.
@@ -303,7 +323,7 @@ def decode_kernel(
         # Both may still be about to be written: any length that fits and any block will do.
         guess = tl.load(past + row, cache_modifier=".cg")
         guess = tl.minimum(tl.maximum(guess, 0), pages * PAGE)
-        begin, end, parts = part_of(guess, split, WINDOW, SPLITS, LEAST)
+        begin, end, parts = part_of(guess, split, WINDOW, SPLITS, LEAST, LONGEST)
         if begin < end:
             _prefetch_tokens(
                 key_cache, table, begin, end, key_page, key_token, blocks,
@@ -313,9 +333,11 @@ def decode_kernel(
                 value_cache, table, begin, end, value_page, value_token, blocks,
                 VALUE_DIM, BLOCK_V, PAGE, PREFETCH, PDL,
             )  # fmt: skip
+    if BLOCK_G == 1:
+        start_next(PDL)
     only_wait_for_inputs(PDL)
     length = tl.load(past + row)
-    begin, end, parts = part_of(length, split, WINDOW, SPLITS, LEAST)
+    begin, end, parts = part_of(length, split, WINDOW, SPLITS, LEAST, LONGEST)
     if length < 0:
         if split == 0:
             store_zeros(output, GROUP, VALUE_DIM, BLOCK_G, BLOCK_V)
@@ -335,36 +357,38 @@ def decode_kernel(
             ROTARY,
             INTERLEAVED,
         )
-        first_key, first_value = _new_token(
+        new_key, new_value = _new_token(
             key + row * key_row + kv_head * key_head,
             value + row * value_row + kv_head * value_head,
             key_cache, value_cache, table, length, cos, sin, angle, split == 0,
             key_page, key_token, value_page, value_token,
             PAGE, ROTARY, INTERLEAVED, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V,
         )  # fmt: skip
-        score = tl.sum(queries.to(tl.float32) * first_key.to(tl.float32), axis=1)
-        score = tl.where(split == 0, scaled(score, scale, SOFTCAP), LOWEST)
         if BLOCK_G == 1:
             top, total, mixed = _by_products(
-                queries, score, first_value, key_cache, value_cache, table, page, begin, end,
+                queries, key_cache, value_cache, table, page, begin, end,
                 key_page, key_token, value_page, value_token, scale,
                 SOFTCAP, PAGE, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, TILE, STAGES,
             )  # fmt: skip
+            # Here, because the loop's first loads would wait for it.
+            score = _new_logits(queries, new_key, split, scale, SOFTCAP)
+            top, total, mixed = _with_new(top, total, mixed, score, new_value)
         else:
+            score = _new_logits(queries, new_key, split, scale, SOFTCAP)
             top, total, mixed = _by_dots(
-                queries, score, first_value, key_cache, value_cache, table, page, begin, end,
+                queries, score, new_value, key_cache, value_cache, table, page, begin, end,
                 key_page, key_token, value_page, value_token, scale,
                 SOFTCAP, PAGE, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, TILE, STAGES,
             )  # fmt: skip
-        start_next(PDL)
+            start_next(PDL)
         if parts == 1:
             finish(top, total, mixed, sinks, output, head, GROUP, VALUE_DIM, BLOCK_G, BLOCK_V)
         elif leave_part(
             top, total, mixed, partial, statistics, arrived, pair, split, parts,
-            GROUP, BLOCK_G, BLOCK_V, SPLITS,
+            GROUP, BLOCK_G, BLOCK_V, MOST,
         ):  # fmt: skip
             add_parts(
                 partial, statistics, pair, parts, sinks, output, head,
-                GROUP, VALUE_DIM, HEADS, BLOCK_V, SPLITS, CHUNK,
+                GROUP, VALUE_DIM, HEADS, BLOCK_V, MOST, CHUNK,
             )  # fmt: skip
             tl.store(arrived + pair, 0)

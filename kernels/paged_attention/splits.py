@@ -3,7 +3,7 @@
 # Triton's language is untyped.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownParameterType=false, reportUnknownArgumentType=false
-# pyright: reportMissingParameterType=false
+# pyright: reportMissingParameterType=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
@@ -14,16 +14,21 @@ from fxgraft.kernels.paged_attention.pages import LOG2_E, LOWEST
 
 
 @triton.jit
-def part_of(length, split, WINDOW: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr):
+def part_of(
+    length, split, WINDOW: tl.constexpr,
+    SPLITS: tl.constexpr, LEAST: tl.constexpr, LONGEST: tl.constexpr,
+):  # fmt: skip
     """The part (begin, end) of a row's tokens that a split attends to, and the number of parts.
 
-    It follows from the row's own length alone.
+    It follows from the row's own length: SPLITS parts, or as many as keep them from being longer
+    than LONGEST, but multiples of LEAST.
     """
     first = 0
     if WINDOW > 0:
         first = tl.maximum(length + 1 - WINDOW, 0)
     tokens = length - first
-    part = tl.cdiv(tl.cdiv(tokens, SPLITS), LEAST) * LEAST
+    wanted = tl.maximum(SPLITS, tl.cdiv(tokens, LONGEST))
+    part = tl.cdiv(tl.cdiv(tokens, wanted), LEAST) * LEAST
     parts = tl.maximum(tl.cdiv(tokens, tl.maximum(part, 1)), 1)
     begin = first + split * part
     return begin, tl.minimum(begin + part, length), parts
@@ -32,11 +37,11 @@ def part_of(length, split, WINDOW: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl
 @triton.jit
 def leave_part(
     top, total, mixed, partial, statistics, arrived, pair, split, parts,
-    GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_V: tl.constexpr, SPLITS: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_V: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     """Store a part's sums; returns whether all the others are there too."""
     group, column = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_V)
-    row = (pair * SPLITS + split) * GROUP + group
+    row = (pair * MOST + split) * GROUP + group
     mask = group < GROUP
     tl.store(partial + row[:, None] * BLOCK_V + column[None, :], mixed, mask=mask[:, None])
     tl.store(statistics + row * 2, top, mask=mask)
@@ -85,11 +90,11 @@ def _some_parts(
 def add_parts(
     partial, statistics, pair, parts, sinks, output, head,
     GROUP: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_V: tl.constexpr,
-    SPLITS: tl.constexpr, CHUNK: tl.constexpr,
+    MOST: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Add up the parts, in an order that is always the same, and store the outputs."""
-    group, split = tl.arange(0, BLOCK_G), tl.arange(0, SPLITS)
-    row = pair * SPLITS * GROUP + group
+    group, split = tl.arange(0, BLOCK_G), tl.arange(0, MOST)
+    row = pair * MOST * GROUP + group
     # Before anything waits for the first loads: a round trip to L2 takes long.
     tops, values = _some_parts(partial, statistics, row, 0, parts, GROUP, BLOCK_G, BLOCK_V, CHUNK)
     place = row[:, None] + split[None, :] * GROUP

@@ -147,16 +147,17 @@ def _decode(inputs: _Inputs, rules: _Rules) -> Tensor:
     sizes = _sizes(inputs)
     block_g = 1 if group == 1 else max(16, power_of_2(group))
     block_v = sizes["BLOCK_V"]
-    config = decode_config(query.dtype, kv_heads, group, max(sizes["BLOCK_D"], block_v))
+    config = decode_config(query.dtype, batch, kv_heads, group, max(sizes["BLOCK_D"], block_v))
     # A table that holds less than every split's least part never needs all splits.
-    most = blocks_of(inputs.table.shape[1] * sizes["PAGE"], config.least)
-    splits = min(config.splits, power_of_2(max(most, 1)))
+    capacity = inputs.table.shape[1] * sizes["PAGE"]
+    splits = min(config.splits, power_of_2(blocks_of(capacity, config.least)))
+    most = power_of_2(max(splits, blocks_of(capacity, config.longest)))
     output = reference.empty_output(query, value)
-    sums = batch * heads * splits
+    sums = batch * heads * most
     partial = torch.empty(sums * block_v, dtype=torch.float32, device=query.device)
     statistics = torch.empty(sums * 2, dtype=torch.float32, device=query.device)
     angle_strides, angle_options = _angles(inputs, rules.interleaved)
-    over(decode_kernel, splits, kv_heads, batch)(
+    over(decode_kernel, most, kv_heads, batch)(
         query, key, value, *caches, inputs.table, inputs.past,
         inputs.cos, inputs.sin, inputs.sinks, output, partial, statistics,
         arrival_counters(query.device, batch * kv_heads),
@@ -170,10 +171,12 @@ def _decode(inputs: _Inputs, rules: _Rules) -> Tensor:
         HEADS=power_of_2(group),
         BLOCK_G=block_g,
         SPLITS=splits,
+        MOST=most,
         LEAST=config.least,
+        LONGEST=config.longest,
         TILE=config.tile,
         STAGES=config.stages,
-        CHUNK=max(1, min(splits, _ADDED_AT_ONCE // (power_of_2(group) * block_v))),
+        CHUNK=max(1, min(most, _ADDED_AT_ONCE // (power_of_2(group) * block_v))),
         PREFETCH=config.prefetch,
         num_warps=config.warps,
         **sizes,

@@ -78,9 +78,9 @@ class Client(ABC):
         index: position among the system's clients; breaks ties.
         hub: the coordinator.
         epoch: number of the valid step event; older ones are stale.
-        steps_run: number of its steps.
-        busy_seconds: time spent in steps, of all servers together.
-        step_joules: energy of its steps.
+        steps_run: number of its steps, known when the simulation has ended.
+        busy_seconds: time spent in them, of all servers together, known then.
+        step_joules: their energy, known then.
         served: stages that it finished.
         assigned: requests that were routed here and have not left.
         servers: steps that can run at one time.

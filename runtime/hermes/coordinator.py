@@ -25,6 +25,7 @@ from fxgraft.runtime.hermes.request import (
 from fxgraft.runtime.hermes.routing import RoundRobin, Router, checked, in_node
 from fxgraft.runtime.hermes.sharing import Flow
 from fxgraft.runtime.hermes.stages import KINDS, PREFILL, Stage
+from fxgraft.runtime.hermes.totals import StepTotals
 from fxgraft.runtime.hermes.transfers import Sizes, Transfers
 
 REQUEST_COLUMNS = (
@@ -87,8 +88,12 @@ class Coordinator:
         reduce: Mapping[str, Callable[[Array], None]] | None = None,
         observer: Callable[[Coordinator], None] | None = None,
     ) -> None:
+        reducers = dict(reduce or {})
+        self.totals = StepTotals(len(clients), reducers.get("steps"))
+        reducers["steps"] = self.totals.add
+
         def rows(name: str, columns: tuple[str, ...]) -> Rows:
-            return Rows(columns, keep=name in keep, reduce=(reduce or {}).get(name))
+            return Rows(columns, keep=name in keep, reduce=reducers.get(name))
 
         self.clients = list(clients)
         self.source = source
@@ -114,7 +119,8 @@ class Coordinator:
         self._default_router: Router = self._routers.get("") or RoundRobin()
         self._candidates: dict[tuple[str, str, str], list[Client]] = {}
         self._observer = observer
-        self._upcoming = math.inf
+        self._upcoming = self._limit = math.inf
+        self._tie = math.inf, math.inf
         for index, client in enumerate(self.clients):
             client.attach(index, self)
 
@@ -151,9 +157,8 @@ class Coordinator:
                 if time > horizon:
                     break
                 if kind == STEP:
-                    if subject.epoch != detail:
-                        continue
-                    number += self._step(subject, time)
+                    if subject.epoch == detail:
+                        number += self._step(subject, time)
                     continue
                 self.now = time
                 self._handle(kind, subject, detail)
@@ -167,27 +172,31 @@ class Coordinator:
 
     def _step(self, client: Client, time: float) -> int:
         """Let a client run steps as long as nothing else happens in between; returns how many."""
-        heap, observer = self.events.heap, self._observer
-        limit = min(self._upcoming, self.horizon) * (1.0 - _TIE)
+        heap, limit, observer = self.events.heap, self._limit, self._observer
         number = 0
         while True:
             self.now = time
             number += 1
-            until = limit if not heap or heap[0][0] > limit else heap[0][0]
-            following = client.on_step(time, until)
+            following = client.on_step(time, heap[0][0] if heap and heap[0][0] < limit else limit)
             if observer is not None:
                 observer(self)
             if following is None:
                 return number
-            if following >= limit or (heap and heap[0][0] <= following):
-                self.schedule(client, following)
-                return number
             client.epoch += 1  # what was scheduled before does not count
+            if following >= limit or (heap and heap[0][0] <= following):
+                if self._tie[0] <= following <= self._tie[1]:
+                    following = self._upcoming  # one moment, computed by sums in another order
+                events = self.events
+                events.number += 1
+                heappush(heap, (following, STEP, events.number, client, client.epoch))
+                return number
             time = following
 
     def _next(self) -> Request | None:
         upcoming = self.source.next()
         self._upcoming = upcoming.arrival if upcoming is not None else math.inf
+        self._tie = self._upcoming * (1.0 - _TIE), self._upcoming * (1.0 + _TIE)
+        self._limit = min(self._tie[0], self.horizon)
         return upcoming
 
     def _handle(self, kind: int, subject: object, detail: object) -> None:
@@ -209,6 +218,10 @@ class Coordinator:
             self.now = self.horizon
         for client in self.clients:
             client.stop(self.now)
+        self.steps.flush()
+        for client, sums in zip(self.clients, self.totals.sums.tolist(), strict=True):
+            steps, client.busy_seconds, client.step_joules = sums
+            client.steps_run = int(steps)
         for request in list(self.live):
             request.total_emitted += request.so_far()
             if request.emitted > 1:
@@ -273,7 +286,7 @@ class Coordinator:
 
     def schedule(self, client: Client, time: float) -> None:
         """Have ``client.on_step`` called at a time; replaces what was scheduled before."""
-        if -_TIE * time <= time - self._upcoming <= _TIE * time:
+        if self._tie[0] <= time <= self._tie[1]:
             time = self._upcoming  # one moment, computed by sums in another order
         client.epoch += 1
         events = self.events

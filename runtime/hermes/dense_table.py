@@ -55,16 +55,21 @@ def dense_table(
             "joules": [max(joules, 0.0) for _, joules in found],
         })  # fmt: skip
 
+    def tokens_alone(count: int) -> Pair:
+        return cost.without_attention(count, 1)
+
+    def decodes(batch: int, keys: int) -> Pair:
+        return cost.decode_attention(batch * keys)
+
     def more_sequences(count: int) -> Pair:
         seconds, joules = cost.without_attention(1, count)
         return seconds - start[0], joules - start[1]
 
     parts = (
-        part("step", {"tokens": by_tokens}, lambda n: cost.without_attention(n, 1)),
+        part("step", {"tokens": by_tokens}, tokens_alone),
         part("step", {"sequences": by_sequences}, more_sequences),
         part("prefill", {"new_tokens": news, "context": contexts}, cost.prefill_attention),
-        part("decode", {"batch": (1, sequences), "context": (1, context)},
-             lambda batch, keys: cost.decode_attention(batch * keys)),
+        part("decode", {"batch": (1, sequences), "context": (1, context)}, decodes),
     )  # fmt: skip
     return StepCostTable(
         identity=Identity(

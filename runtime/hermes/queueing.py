@@ -41,6 +41,7 @@ class QueueClient(Client):
         # Steps under way: end, number, start, requests.
         self._running: list[tuple[float, int, float, list[Request]]] = []
         self._number = 0
+        self._served_seconds = 0.0
 
     @abstractmethod
     def duration(self, requests: list[Request]) -> float:
@@ -93,9 +94,7 @@ class QueueClient(Client):
 
     def _account(self, start: float, end: float, requests: int, steps: int) -> None:
         joules = (end - start) * self.watts
-        self.steps_run += steps
-        self.busy_seconds += end - start
-        self.step_joules += joules
+        self._served_seconds += end - start
         row = (self.index, start, end, steps, end - start, 0, requests, 0, 0, 0)
         self.hub.steps.append((*row, len(self._queue), 0, joules, 0, 0))
 
@@ -116,5 +115,5 @@ class QueueClient(Client):
         if measure != "busy_seconds":
             return self.assigned
         left = sum(end - now for end, *_ in self._running)
-        mean = self.busy_seconds / self.served if self.served else 0.0
+        mean = self._served_seconds / self.served if self.served else 0.0
         return (left + mean * len(self._queue)) / self.servers

@@ -88,6 +88,44 @@ class Pricer:
         decode_context: int = 0,
     ) -> Price:
         """Price of one step; see ``StepCostTable.price``."""
+        # Steps inside the validity, with lengths that occurred before, without a call per look-up.
+        tokens, count = decodes, decodes + len(prefills)
+        seconds = joules = 0.0
+        inside = self._prefill.inside
+        for new, cached in prefills:
+            line = inside.get(new)
+            if line is None or not line.first <= cached <= line.last:
+                return self._price(prefills, decodes, decode_context)
+            knot, time, slope, energy, energy_slope = line.pieces[bisect_right(line.knots, cached)]
+            far = cached - knot
+            seconds += time + slope * far
+            joules += energy + energy_slope * far
+            tokens += new
+        if decodes:
+            line = self._decode.inside.get(decodes)
+            if line is None or not line.first <= decode_context <= line.last:
+                return self._price(prefills, decodes, decode_context)
+            place = bisect_right(line.knots, decode_context)
+            knot, time, slope, energy, energy_slope = line.pieces[place]
+            far = decode_context - knot
+            seconds += time + slope * far
+            joules += energy + energy_slope * far
+        if not (
+            self._low_tokens <= tokens <= self._high_tokens
+            and self._low_sequences <= count <= self._high_sequences
+            and count
+        ):
+            return self._price(prefills, decodes, decode_context)
+        time, energy = self._tokens[tokens]
+        more, more_energy = self._sequences[count]
+        return Price(
+            seconds + (time + more), joules + (energy + more_energy) if self._energy else None
+        )
+
+    def _price(
+        self, prefills: Sequence[tuple[int, int]], decodes: int, decode_context: int
+    ) -> Price:
+        """Price of any step."""
         tokens = decodes
         seconds = joules = 0.0
         marked = False
@@ -130,6 +168,21 @@ class Pricer:
         Raises:
             InputError: the step is outside the validity and may not be extrapolated.
         """
+        line = self._decode.inside.get(decodes)
+        if (
+            line is not None
+            and line.first <= decode_context < line.last
+            and self._low_tokens <= decodes <= self._high_tokens
+        ):
+            place = bisect_right(line.knots, decode_context)
+            knot, seconds, slope, joules, energy_slope = line.pieces[place]
+            far = decode_context - knot
+            time, energy = self._tokens[decodes]
+            more, more_energy = self._sequences[decodes]
+            seconds += slope * far + (time + more)
+            joules += energy_slope * far + (energy + more_energy)
+            last = line.knots[place]
+            return DecodeLine(decode_context, last, seconds, slope, joules, energy_slope)
         here = self.price((), decodes, decode_context)
         slope, energy_slope, last = self._decode.slope(decodes, decode_context, decodes)
         if self.outside == "error":
@@ -194,31 +247,37 @@ def _on_line(
 
 
 class _Line:
-    """Two functions on common knots, linear between them and beyond the last one."""
+    """Two functions on common knots, linear between them and beyond the last one.
 
-    __slots__ = ("_energy_slopes", "_joules", "_knots", "_seconds", "_slopes")
+    Attributes:
+        knots: where pieces begin.
+        first, last: knots.
+        pieces: knot, seconds, their slope, joules, their slope; before the first knot, then by
+            knot.
+    """
+
+    __slots__ = ("first", "knots", "last", "pieces")
 
     def __init__(self, knots: list[int], seconds: list[float], joules: list[float]) -> None:
-        self._knots, self._seconds, self._joules = knots, seconds, joules
-        self._slopes, self._energy_slopes = _slopes(knots, seconds), _slopes(knots, joules)
+        self.knots = knots
+        self.first, self.last = knots[0], knots[-1]
+        before = (knots[0], seconds[0], 0.0, joules[0], 0.0)
+        slopes = _slopes(knots, seconds), _slopes(knots, joules)
+        self.pieces = [
+            before,
+            *zip(knots, seconds, slopes[0], joules, slopes[1], strict=True),
+        ]
 
     def at(self, point: int) -> Pair:
-        place = bisect_right(self._knots, point) - 1
-        if place < 0:
-            return self._seconds[0], self._joules[0]
-        far = point - self._knots[place]
-        return (
-            self._seconds[place] + self._slopes[place] * far,
-            self._joules[place] + self._energy_slopes[place] * far,
-        )
+        knot, seconds, slope, joules, energy_slope = self.pieces[bisect_right(self.knots, point)]
+        far = point - knot
+        return seconds + slope * far, joules + energy_slope * far
 
     def slope(self, point: int) -> tuple[float, float, int | None]:
         """Slopes at and above a point, and the knot up to which they hold (None: for ever)."""
-        place = bisect_right(self._knots, point) - 1
-        if place < 0:
-            return 0.0, 0.0, self._knots[0]
-        ends = self._knots[place + 1] if place + 1 < len(self._knots) else None
-        return self._slopes[place], self._energy_slopes[place], ends
+        place = bisect_right(self.knots, point)
+        _, _, slope, _, energy_slope = self.pieces[place]
+        return slope, energy_slope, self.knots[place] if place < len(self.knots) else None
 
 
 def _slopes(knots: Sequence[int], values: Sequence[float]) -> list[float]:
@@ -245,8 +304,13 @@ class _Lines:
         self._outer = common_knots([p.axes.get(axis, ()) for p in chosen], low, max(valid[1], low))
         inner = [p.axes.get("context", ()) for p in chosen]
         self._context = common_knots(inner, context[0], max(context))
-        self._grids = [self._add(chosen, axis, field) for field in ("seconds", "joules")]
+        self._grids: list[list[list[float]]] = [
+            self._add(chosen, axis, field).tolist() for field in ("seconds", "joules")
+        ]
         self._lines: dict[int, _Line] = {}
+        self._valid = valid
+        # Those of integers inside the validity.
+        self.inside: dict[int, _Line] = {}
 
     def _add(self, parts: Sequence[Part], axis: str, field: Literal["seconds", "joules"]) -> Array:
         total = np.zeros((len(self._outer), len(self._context)))
@@ -275,20 +339,24 @@ class _Lines:
     def _line(self, outer: int, times: int) -> _Line:
         if len(self._lines) >= _MOST_LINES:
             self._lines.clear()
+            self.inside.clear()
         knots = [knot * times for knot in self._context]
         rows = [_row(self._outer, grid, outer) for grid in self._grids]
         self._lines[outer] = line = _Line(knots, *rows)
+        if self._valid[0] <= outer <= self._valid[1]:
+            self.inside[outer] = line
         return line
 
 
-def _row(knots: Sequence[int], grid: Array, point: int) -> list[float]:
+def _row(knots: Sequence[int], rows: list[list[float]], point: int) -> list[float]:
     """The grid's row at a point between, or beyond, its knots."""
-    place = max(min(bisect_right(knots, point) - 1, len(knots) - 2), 0)
     if len(knots) == 1 or point <= knots[0]:
-        return grid[0].tolist()
+        return rows[0]
+    place = max(min(bisect_right(knots, point) - 1, len(knots) - 2), 0)
     fraction = (point - knots[place]) / (knots[place + 1] - knots[place])
-    row = grid[place] * (1.0 - fraction) + grid[place + 1] * fraction
-    return (np.maximum(row, grid[-1]) if fraction > 1.0 else row).tolist()
+    pairs = zip(rows[place], rows[place + 1], strict=True)
+    row = [low * (1.0 - fraction) + high * fraction for low, high in pairs]
+    return list(map(max, row, rows[-1])) if fraction > 1.0 else row
 
 
 def outside_error(name: str, value: float, low: int, high: int) -> InputError:

@@ -27,7 +27,7 @@ from fxgraft.cost_table_grid import Array
 from fxgraft.cost_traffic import Sizes, joins_state
 from fxgraft.element_types import ElementTypes
 from fxgraft.errors import InputError, LoweringError, StateError
-from fxgraft.kernels.spec import ZERO, Cost, argument, spec_of
+from fxgraft.kernels.spec import ZERO, Cost, Expr, argument, spec_of
 from fxgraft.program import Program
 from fxgraft.state import StateTensor, insert_state
 from fxgraft.weight_products import WeightProduct, weight_products
@@ -196,6 +196,10 @@ class StepGraph:
                 )
         return found
 
+    def rows_of(self, node: StepNode) -> Expr:
+        """Rows of x that a node's product has, over named dimensions; 0 where there is none."""
+        return ZERO if node.product is None else ZERO + self._sizes.named(node.product.rows)
+
     def work(self, batch: Any, new: Any, past: Any) -> Work:
         """Work of every node for steps of equal sequences.
 
@@ -233,8 +237,8 @@ class StepGraph:
 
     @cached_property
     def _row_counts(self) -> Any:
-        counts = [self._sizes.named(p.rows) for n in self.nodes if (p := n.product) is not None]
-        return compile_expressions(self.table.dimensions, [ZERO + count for count in counts])
+        counts = [self.rows_of(self.nodes[place]) for place in self._products]
+        return compile_expressions(self.table.dimensions, counts)
 
     def _unread(self, active: Array) -> Array:
         """Bytes of experts' weights that no row meets."""

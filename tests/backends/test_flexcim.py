@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import fxgraft
 from fxgraft.backend import find_backend
 from fxgraft.backends.flexcim import FlexcimCompiled, plots
+from fxgraft.backends.flexcim.expressions import cycles
 from fxgraft.backends.flexcim.linears import linears
 from fxgraft.backends.flexcim.macro import Gemm, Layout
 from fxgraft.backends.flexcim.mapper import map_gemm
@@ -87,6 +88,28 @@ def test_every_linear_layer_is_mapped() -> None:
         assert node.seconds == node.cycles / 500e6
         assert 0 < node.utilisation <= 1
         assert 0 < node.occupancy <= 1
+
+
+@pytest.mark.parametrize("size", [(1, 1, 0), (3, 1, 40), (2, 17, 9)])
+def test_cycles_as_expressions_are_those_of_numbers(size: tuple[int, int, int]) -> None:
+    found = cycles(llama().model)
+    values: dict[str, int] = dict(zip(("batch", "sequence", "past"), size, strict=True))
+    for node in llama().costs(*size).nodes:
+        at = {symbol: values[str(symbol)] for symbol in found[node.name].free_symbols}
+        assert int(found[node.name].subs(at)) == node.cycles, node.name
+    names = {str(symbol) for value in found.values() for symbol in value.free_symbols}
+    assert names == {"batch", "sequence", "past"}
+
+
+def test_cycles_of_fused_layers_as_expressions() -> None:
+    fused = lower(apply(sparse(), Optimize(), check=False))
+    found = cycles(fused.model)
+    values = {"batch": 2, "sequence": 3, "past": 4}
+    for node in fused.costs(2, 3, 4).nodes:
+        at = {symbol: values[str(symbol)] for symbol in found[node.name].free_symbols}
+        assert int(found[node.name].subs(at)) == node.cycles, node.name
+    with pytest.raises(InputError, match="objective is 'edp'"):
+        cycles(lower(plain(), objective="edp").model)
 
 
 def test_everything_else_runs_in_digital_logic() -> None:

@@ -213,6 +213,27 @@ def test_energy_is_monotone_under_its_objective(case: tuple[Gemm, int, int]) -> 
     assert joules() <= joules(outputs=gemm.outputs + 7) * slack
 
 
+@settings(max_examples=200, deadline=None)
+@given(gemms(), st.sampled_from([1, 2, 4]))
+def test_energy_is_monotone_at_a_fixed_merge_factor(
+    case: tuple[Gemm, int, int], merge: int
+) -> None:
+    gemm, tokens, macros = case
+    hardware = DEFAULT.changed(macros=macros)
+
+    def joules(gemm: Gemm, tokens: int) -> float:
+        patterns_ = (gemm.pattern, DENSE) if gemm.pattern.is_sparse else (gemm.pattern,)
+        return min(total(Layout(hardware, gemm, p, merge).energy(tokens)) for p in patterns_)
+
+    n, m = gemm.pattern.n, gemm.pattern.m
+    here, slack = joules(gemm, tokens), 1 + 1e-12
+    if 1 < n < m:
+        assert joules(replace(gemm, pattern=Pattern(n - 1, m)), tokens) <= here * slack
+    assert here <= joules(gemm, tokens + 5) * slack
+    assert here <= joules(replace(gemm, reduction=gemm.reduction + m), tokens) * slack
+    assert here <= joules(replace(gemm, outputs=gemm.outputs + 9), tokens) * slack
+
+
 def test_at_equal_density_a_wider_group_costs_energy_and_no_time() -> None:
     for inner, outputs, tokens in ((576, 1536, 128), (4096, 512, 1), (64, 64, 7)):
         found = [

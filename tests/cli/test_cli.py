@@ -17,6 +17,7 @@ from jsonschema import Draft202012Validator
 
 import fxgraft
 from fxgraft import registry, results
+from fxgraft.cost_table import StepCostTable
 from fxgraft.diff import GraphDiff
 from fxgraft.generation.prompts import integers
 from tests import model_folder
@@ -216,6 +217,19 @@ def test_run_exports_onnx_with_the_same_tokens(files: Files, tmp_path: Path, jso
     found = json_of("run", file, "--out", tmp_path / "out", "--max-new-tokens", 4)
     assert found["answers"]["onnx_tokens"] == found["answers"]["after_tokens"]
     assert (tmp_path / "out" / "onnx" / "decode.onnx").is_file()
+
+
+def test_run_writes_the_costs_of_a_backend_that_costs(
+    files: Files, tmp_path: Path, json_of: Json
+) -> None:
+    lines = ["backend: flexcim", "options: {hardware: {macros: 2}}", "passes: [optimize]"]
+    file = tmp_path / "pipeline.yaml"
+    file.write_text("\n".join([f"model: {files.model}", *lines]) + "\n")
+    words = ["run", file, "--out", tmp_path / "out", "--no-onnx", "--max-new-tokens", 2]
+    result = json_of(*words)
+    folder = Path(result["files"]["costs"])
+    assert StepCostTable.load(folder / "table.json").identity.backend == "flexcim"
+    assert (folder / "decode.csv").is_file()
 
 
 def test_diff_compares_saved_programs(

@@ -189,6 +189,7 @@ HAND_COUNTS: dict[str, tuple[Callable[[Tensor], Any], Tensor, int]] = {
     "sum": (lambda x: x.sum(-1), X, 192),
     "variance": (lambda x: x.var(-1), X, 4 * 192),
     "maximum": (lambda x: x.max(), X, 192),
+    "all true": (lambda x: torch.ops.aten._is_all_true(x > 0), X, 2 * 192),
     "cumulative sum": (lambda x: x.cumsum(1), X, 192),
     "comparison": (lambda x: x > 0, X, 192),
     "where": (lambda x: torch.where(x > 0, x, 0.0), X, 2 * 192),

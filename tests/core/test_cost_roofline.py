@@ -176,6 +176,24 @@ def test_energy_lies_between_the_idle_and_the_full_power() -> None:
         assert 0.29 * 700 < (price.joules + 210 * 50e-6) / price.seconds < 0.9 * 700 + 1
 
 
+def test_products_without_weights_run_at_the_matrix_rate() -> None:
+    class Scores(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x @ x.transpose(1, 2)).cumsum(-1)
+
+    dynamic = {"x": {0: "batch", 1: "sequence"}}
+    program = capture(Scores(), (torch.randn(2, 5, 64),), dynamic=dynamic)
+    parsed = ElementTypes.parse("float32")
+    work = StepGraph(program, parsed).work(1, 1000, 0)
+    made = device({**SIMPLE, "bandwidth": 1e15})
+    seconds = Roofline(made, parsed, dict.fromkeys(KINDS, FULL), 1).price(work)[0][:, 0]
+    assert seconds.tolist() == pytest.approx([2 * 1000**2 * 64 / 1e9, 1000**2 / 1e8])
+    # Sums are fused, so they move nothing; the product moves its operand twice and its result.
+    slow = Roofline(device({**SIMPLE, "bandwidth": 1.0}), parsed, dict.fromkeys(KINDS, FULL), 1)
+    moved = slow.price(work)[0][:, 0]
+    assert moved.tolist() == pytest.approx([4 * (2 * 64000 + 1000**2), 1000**2 / 1e8])
+
+
 def test_launches_and_steps_add_their_time() -> None:
     none = table(SIMPLE, "float32")
     some = table({**SIMPLE, "launch": 1e-3, "step": 0.5}, "float32")

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import importlib
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import pytest
@@ -22,12 +23,12 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not RUNS_KERNELS, reason="there is no GPU, and this is no interpreter"),
 ]
-if RUNS_KERNELS:
-    from fxgraft.kernels.paged_attention import triton as kernels
+kernels: Any = (
+    importlib.import_module("fxgraft.kernels.paged_attention.triton") if RUNS_KERNELS else None
+)
 
 ERRORS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 UNUSED = 2**30
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @dataclass
@@ -112,8 +113,10 @@ def check(call: Call, *, longest: int = -1) -> Tensor:
     """Compare output and caches with the reference; returns the output."""
     arguments = call.arguments()
     options = {"scale": call.head_dim**-0.5} | call.options
-    wide = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in arguments]
-    expected = reference.paged_attention(*wide, **options)  # pyright: ignore[reportArgumentType]
+    wide: Any = [
+        x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in arguments
+    ]
+    expected = reference.paged_attention(*wide, **options)
     given: Any = [None if x is None else _copied(x) for x in arguments]
     output = kernels.paged_attention(*given, longest_past=longest, **options)
     assert output.transpose(1, 2).is_contiguous()
@@ -140,11 +143,19 @@ def _assert_near(found: Tensor, expected: Tensor, error: float) -> None:
     assert difference < error, f"relative error {float(difference):.2e}"
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("group", [1, 4])
-@pytest.mark.parametrize("head_dim", [64, 80])
+@pytest.mark.parametrize(
+    ("dtype", "group", "head_dim"),
+    [
+        (torch.float32, 1, 64),
+        (torch.float32, 4, 80),
+        (torch.bfloat16, 1, 80),
+        (torch.bfloat16, 4, 64),
+        (torch.float16, 1, 64),
+        (torch.float16, 4, 80),
+    ],
+)
 def test_step(dtype: torch.dtype, group: int, head_dim: int) -> None:
-    past = (0, 15, -1, 16, 201)
+    past = (0, 15, -1, 16, 140)
     check(Call(past, group=group, head_dim=head_dim, dtype=dtype, angles=head_dim))
 
 
@@ -157,8 +168,8 @@ def test_step(dtype: torch.dtype, group: int, head_dim: int) -> None:
         Call((90,), group=20, kv_heads=1, value_dim=32),
         Call((150, 64), packed=True, angles=32, options={"interleaved": True}),
         Call((150, 64), group=3, packed=True, angles=48),
-        Call((500, 5, -3), has_sinks=True, options={"window": 129}),
-        Call((500, 5), group=4, has_sinks=True, options={"window": 64, "softcap": 2.0}),
+        Call((300, 5, -3), has_sinks=True, options={"window": 129}),
+        Call((300, 5), group=4, has_sinks=True, options={"window": 64, "softcap": 2.0}),
         Call((200, 0), group=1, options={"softcap": 1.5, "window": 1}),
     ],
     ids=lambda call: str(call.options or call.head_dim),
@@ -168,17 +179,39 @@ def test_step_with_rules(call: Call) -> None:
 
 
 @pytest.mark.parametrize("group", [1, 4])
-def test_a_rows_step_does_not_depend_on_other_rows(group: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_rows_step_does_not_depend_on_other_rows(group: int, dtype: torch.dtype) -> None:
+    """Bit for bit; in float32 not even on how many there are."""
     options: dict[str, Any] = {"scale": 0.125}
-    many = Call((260, 3, -1, 700), group=group, dtype=torch.bfloat16)
+    many = Call((140, 3, 270), group=group, dtype=dtype)
     given: Any = [None if x is None else _copied(x) for x in many.arguments()]
+    together = kernels.paged_attention(*given, **options)[0]
+    given[6][1:] = -1
+    assert torch.equal(together, kernels.paged_attention(*given, **options)[0])
     one: Any = [x if i in (3, 4) or x is None else x[:1] for i, x in enumerate(given)]
-    alone = kernels.paged_attention(*one, **options)
-    assert torch.equal(alone[0], kernels.paged_attention(*given, **options)[0])
+    alone = kernels.paged_attention(*one, **options)[0]
+    if dtype == torch.float32:
+        assert torch.equal(together, alone)
+    _assert_near(together, alone.cpu().double(), ERRORS[dtype])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("group", "past"), [(1, (0, 0)), (3, (0, -1)), (1, (0,))])
+def test_rows_longer_than_the_longest_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More parts than splits, in a batch that gives each row one split."""
+    chosen = kernels.decode_config
+    short = {"splits": 1, "least": 64, "longest": 128}
+    monkeypatch.setattr(kernels, "decode_config", lambda *sizes: replace(chosen(*sizes), **short))
+    check(Call((300, 128, 129, 5, -1), angles=64, kv_heads=1))
+    check(Call((400, 129), group=4, dtype=torch.bfloat16, options={"window": 200}))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "group", "past"),
+    [
+        (torch.float32, 3, (0, -1)),
+        (torch.bfloat16, 1, (0, 0)),
+        (torch.float16, 3, (0,)),
+    ],
+)
 def test_prompt_without_past(dtype: torch.dtype, group: int, past: tuple[int, ...]) -> None:
     call = Call(past, new=19, group=group, dtype=dtype, angles=64, packed=True)
     output = check(call, longest=0)
@@ -189,7 +222,7 @@ def test_prompt_without_past(dtype: torch.dtype, group: int, past: tuple[int, ..
     "call",
     [
         Call((100, -1, 7, 0), new=33, group=2, angles=64),
-        Call((63, 64), new=130, head_dim=80, dtype=torch.bfloat16, angles=20),
+        Call((63, 64), new=70, head_dim=80, dtype=torch.bfloat16, angles=20),
         Call((40,), new=5, head_dim=128, value_dim=72, group=2, dtype=torch.float16, page=32),
         Call((40, 3), new=3, head_dim=256, kv_heads=1, dtype=torch.bfloat16),
         Call((200, 31), new=70, options={"window": 50}, has_sinks=True),

@@ -1,27 +1,23 @@
-"""An LLM client: runs the steps that its scheduler plans, at the price of its cost table."""
+"""An LLM client: takes requests, hands them on, and runs steps in between."""
 
 from __future__ import annotations
 
 import math
 from typing import Literal
 
-from fxgraft.runtime.hermes.client import Client, Hub, Place
+from fxgraft.runtime.hermes.client import Place
 from fxgraft.runtime.hermes.costs import NO_LIMIT, StepCost
 from fxgraft.runtime.hermes.llm.blocks import blocks_for
-from fxgraft.runtime.hermes.llm.decodes import JumpingDecodes
 from fxgraft.runtime.hermes.llm.loads import Loads
-from fxgraft.runtime.hermes.llm.reference import ListedDecodes
-from fxgraft.runtime.hermes.llm.scheduler import WHOLE, Limits, Scheduler, owed_by
+from fxgraft.runtime.hermes.llm.scheduler import WHOLE, Limits, final_blocks, owed_by
+from fxgraft.runtime.hermes.llm.steps import StepRunner
 from fxgraft.runtime.hermes.request import WAITING, Request
 from fxgraft.runtime.hermes.stages import DECODE_KINDS, PREFILL, Stage
 
 Role = Literal["both", "prefill", "decode"]
-TIE = 1e-12
-"""Times that differ by less than this share of themselves are one: they were computed by sums in
-another order."""
 
 
-class LlmClient(Client):
+class LlmClient(StepRunner):
     """One server of one model.
 
     Args:
@@ -39,30 +35,7 @@ class LlmClient(Client):
     """
 
     kind = "llm"
-    __slots__ = (
-        "_first",
-        "_in_step",
-        "_joule_slope",
-        "_joules",
-        "_log_step",
-        "_marks",
-        "_outgoing",
-        "_slope",
-        "_start",
-        "_steps",
-        "_surely_fits",
-        "_tokens",
-        "_woken",
-        "context_length",
-        "cost",
-        "decodes",
-        "limits",
-        "marks",
-        "model",
-        "role",
-        "scheduler",
-        "swap_bandwidth",
-    )  # fmt: skip
+    __slots__ = ("_outgoing", "_surely_fits", "context_length", "model", "role")
 
     def __init__(
         self,
@@ -82,41 +55,20 @@ class LlmClient(Client):
         marks: bool = False,
     ) -> None:
         super().__init__(
-            name, place=place, idle_watts=idle_watts, dollars_per_hour=dollars_per_hour
-        )
+            name, cost=cost, limits=limits, stepwise=stepwise, swap_bandwidth=swap_bandwidth,
+            marks=marks, place=place, idle_watts=idle_watts, dollars_per_hour=dollars_per_hour,
+        )  # fmt: skip
         self.model = model
-        self.cost = cost
-        self.limits = limits
         self.role = role
         self.kv_bytes = kv_bytes
-        self.swap_bandwidth = swap_bandwidth
         self.context_length = context_length or NO_LIMIT
-        self.marks = marks
+        self.scheduler.resumed = self._log_break
+        self.scheduler.hands_over = role == "prefill"
+        self._outgoing: dict[Request, tuple[int, tuple[int, ...]]] = {}
         # Requests of one branch with so many tokens in all need no closer look.
         self._surely_fits = min(self.context_length, limits.blocks * limits.block_size)
         if limits.strategy in WHOLE:
             self._surely_fits = min(self._surely_fits, limits.max_batched_tokens)
-        kind = ListedDecodes if stepwise else JumpingDecodes
-        self.decodes = kind(limits.block_size)
-        self.scheduler = Scheduler(limits, self.decodes)
-        self._runs_ahead = not (stepwise or self.scheduler.by_chunk)
-        self.scheduler.resumed = self._log_break
-        self.scheduler.hands_over = role == "prefill"
-        self._in_step = False
-        self._woken = False
-        self._start = 0.0
-        self._steps = 0
-        self._tokens = 0
-        self._first = self._slope = 0.0
-        self._joules = self._joule_slope = 0.0
-        self._marks = 0
-        self._outgoing: dict[Request, tuple[int, tuple[int, ...]]] = {}
-
-    def attach(self, index: int, hub: Hub) -> None:
-        """Join a system and its log of gaps."""
-        super().attach(index, hub)
-        self.decodes.log_gaps(hub.gaps, index)
-        self._log_step = hub.steps.append
 
     # -- taking requests
 
@@ -131,19 +83,20 @@ class LlmClient(Client):
     def expect(self, request: Request) -> None:
         """Set what is to be computed and emitted here, and count it as load."""
         self.assigned += 1
+        scheduler = self.scheduler
         if request.handed_over:
             request.todo = 0
             request.live = sum([output > request.emitted for output in request.outputs()])
-            self.scheduler.owed += owed_by(request)
+            scheduler.owed += owed_by(request)
             return
         request.emitted = 0
         request.live = len(request.branch_outputs) or 1 if request.decodes else 1
         if request.loaded:
             request.loaded = min(request.loaded, request.prompt - 1)
         request.todo = request.prompt - request.loaded
-        self.scheduler.pending_prompt += request.todo
+        scheduler.pending_prompt += request.todo
         if request.decodes and self.role != "prefill":
-            self.scheduler.owed += owed_by(request)
+            scheduler.owed += owed_by(request)
 
     def forget(self, request: Request) -> None:
         """Its tokens are no longer to be done here."""
@@ -156,7 +109,7 @@ class LlmClient(Client):
         """Why a request can never run here, or ``""``."""
         limits, tokens = self.limits, request.prompt
         if request.handed_over or (self.role != "prefill" and request.decodes):
-            blocks = self._most_blocks(request)
+            blocks = final_blocks(request, limits.block_size)
             tokens += request.output
         else:
             blocks = blocks_for(tokens, limits.block_size)
@@ -174,12 +127,6 @@ class LlmClient(Client):
                     f"{self.name!r}, which does not cut prompts")  # fmt: skip
         return ""
 
-    def _most_blocks(self, request: Request) -> int:
-        size, outputs = self.limits.block_size, request.branch_outputs
-        if not outputs:
-            return blocks_for(request.prompt + request.output, size)
-        return blocks_for(request.prompt, size) + sum(blocks_for(o, size) for o in outputs)
-
     def submit(self, request: Request, now: float) -> None:
         """A request joins the queue, or is rejected because it can never run."""
         if request.prompt + request.output > self._surely_fits or request.branch_outputs:
@@ -190,250 +137,39 @@ class LlmClient(Client):
                 return
         request.state = WAITING
         scheduler, limits = self.scheduler, self.limits
-        is_seen = scheduler.queue.size == 0 or limits.order != "fcfs"
+        is_first = scheduler.queue.size == 0 or limits.order != "fcfs"
         scheduler.queue.push(request)
         if not self._in_step:
-            self._wake(now)
+            self.wake(now)
         elif (
-            self._steps > 1
-            and is_seen
-            and limits.strategy != "static"
+            is_first
             and scheduler.queries < limits.max_sequences
-        ):
-            self._cut(now)
+            and limits.strategy != "static"
+        ):  # fmt: skip
+            self.cut(now)
 
     def withdraw(self, request: Request, now: float) -> bool:
         """Take a request out of the queue."""
         if not self.scheduler.queue.remove(request):
             return False
         self.forget(request)
-        if not self._in_step:
-            self._wake(now)
-        elif self._steps > 1:
-            self._cut(now)
+        self.wake(now)
+        self.cut(now)
         return True
-
-    def _wake(self, now: float) -> None:
-        """Look at the queue if idle."""
-        if not self._woken and self.scheduler.queue.size:
-            self._woken = True
-            self.hub.schedule(self, now)
 
     def release(self, request: Request, now: float) -> None:
         """The KV of a prompt that was handed over has left: its blocks are free."""
         blocks, shared = self._outgoing.pop(request)
         pool = self.scheduler.pool
         pool.give(blocks - pool.unshare(shared))
-        if not self._in_step:
-            self._wake(now)
-        elif self._steps > 1 and self.scheduler.queue.size:
-            self._cut(now)
-
-    # -- running steps
-
-    def on_step(self, now: float, until: float) -> float | None:
-        """A step or jump ends; plan and start the next one."""
-        self._woken = False
-        if self._in_step:
-            self._complete(now)
-        end = self._begin(now)
-        if end is not None and end < until and self._runs_ahead:
-            scheduler = self.scheduler
-            if len(scheduler.chunks) == 1 == len(scheduler.prefilling):
-                return self._run_prompt(end, until)
-        return end
-
-    def _run_prompt(self, end: float, until: float) -> float:
-        """Run the steps of one prompt as long as only it and the decodes' contexts change.
-
-        The same as ``_complete`` and ``_begin`` by turns, without what cannot happen here.
-
-        Args:
-            end: of the step that has begun, with a chunk of the prompt.
-            until: nothing else happens before.
-
-        Returns:
-            The end of the last step that has begun.
-        """
-        scheduler, decodes, pool = self.scheduler, self.decodes, self.scheduler.pool
-        request, new, before = scheduler.chunks[0]
-        count, queued = decodes.count, scheduler.queue.size
-        budget = self.limits.max_batched_tokens - count
-        while end < until and (request.todo - new >= budget or not queued and request.todo > new):
-            if count and (
-                decodes.next_end <= decodes.clock + 1
-                or decodes.allocate(2) > pool.capacity - pool.used
-            ):
-                break
-            start, first, joules, used = self._start, self._first, self._joules, pool.used
-            context, gap, older = decodes.context, 0.0, 0
-            if count:
-                pool.take(decodes.allocate(1))
-                gap, older = decodes.advance(1, start, first, 0.0, end)
-            self.steps_run += 1
-            self.busy_seconds += end - start
-            self.step_joules += joules
-            self.marked_steps += self._marks
-            self._log_step(
-                (
-                    self.index, start, end, 1, first, 0.0, 1, new, count, context, queued, used,
-                    joules, gap, older,
-                )
-            )  # fmt: skip
-            scheduler.pending_prompt -= new
-            request.todo -= new
-            before = request.computed = before + new
-            new = request.todo if request.todo < budget else budget
-            self._first, energy, self._marks = self.cost.price(
-                [(new, before)], count, decodes.context
-            )
-            self._joules = energy or 0.0
-            self._start = end
-            end += self._first
-        self._tokens = new
-        scheduler.now = self._start
-        scheduler.chunks[0] = request, new, before
-        return end
-
-    def _begin(self, now: float) -> float | None:
-        """Start what the scheduler plans; returns its end."""
-        scheduler = self.scheduler
-        scheduler.now = now
-        scheduler.plan()
-        chunks = scheduler.chunks
-        if chunks:
-            self._price_mixed()
-        elif scheduler.with_decodes:
-            self._price_jump()
-        else:
-            return None
-        if scheduler.swapped_tokens:
-            self._first += scheduler.swapped_tokens * self.kv_bytes / self.swap_bandwidth
-            scheduler.swapped_tokens = 0
-            self._steps = 1
-        self._in_step = True
-        self._start = now
-        for request, _, _ in chunks:
-            if request.started < 0:
-                request.prefill_started = now
-                self._mark_start(request, now)
-        if scheduler.joined:
-            for request in scheduler.joined:
-                if request.started < 0:
-                    self._mark_start(request, now)
-            scheduler.joined.clear()
-        return now + (self._first if self._steps == 1 else self._duration(self._steps))
-
-    def _mark_start(self, request: Request, now: float) -> None:
-        request.started = now
-        request.queue_time += now - request.arrived
-
-    def _price_mixed(self) -> None:
-        scheduler, decodes = self.scheduler, self.decodes
-        if len(scheduler.chunks) == 1:
-            _, tokens, before = scheduler.chunks[0]
-            prompts = [(tokens, before)]
-        else:
-            prompts = [(new, before) for _, new, before in scheduler.chunks]
-            tokens = sum([new for new, _ in prompts])
-        self._tokens = tokens
-        if scheduler.with_decodes:
-            price = self.cost.price(prompts, decodes.count, decodes.context)
-        else:
-            price = self.cost.price(prompts)
-        self._steps = 1
-        self._first, joules, marked = price
-        self._slope = 0.0
-        self._joules, self._joule_slope = joules or 0.0, 0.0
-        self._marks = marked
-
-    def _price_jump(self) -> None:
-        decodes = self.decodes
-        count, context = decodes.count, decodes.context
-        _, last, self._first, slope, self._joules, joule_slope = self.cost.decode_line(
-            count, context
-        )
-        self._tokens = 0
-        fit = (last - context) // count + 1 if last < NO_LIMIT else NO_LIMIT
-        if fit < 1 or self.scheduler.preempted:
-            fit = 1
-        pool = self.scheduler.pool
-        self._steps = decodes.jump(pool.capacity - pool.used, fit)
-        self._slope, self._joule_slope = slope * count, joule_slope * count
-        if self.marks:
-            self._marks = self.cost.price((), count, context).extrapolated
-
-    def _duration(self, steps: int) -> float:
-        return steps * self._first + self._slope * (steps * (steps - 1) // 2)
-
-    def steps_by(self, now: float) -> int:
-        """Steps of the present jump that have ended strictly before ``now``."""
-        now -= TIE * now
-        elapsed, slope = now - self._start, self._slope
-        guess = elapsed / self._first if self._first > 0.0 else self._steps
-        if slope > 0.0:
-            half = self._first - 0.5 * slope
-            guess = (math.sqrt(half * half + 2.0 * slope * max(elapsed, 0.0)) - half) / slope
-        steps = min(max(int(guess), 0), self._steps)
-        while steps and self._start + self._duration(steps) >= now:
-            steps -= 1
-        while steps < self._steps and self._start + self._duration(steps + 1) < now:
-            steps += 1
-        return steps
-
-    def _cut(self, now: float) -> None:
-        """End the present jump with the step that runs at ``now``."""
-        steps = self.steps_by(now) + 1
-        if steps < self._steps:
-            self._steps = steps
-            self.hub.schedule(self, max(self._start + self._duration(steps), now))
-
-    def _complete(self, now: float) -> None:
-        scheduler, decodes, steps = self.scheduler, self.decodes, self._steps
-        chunks = scheduler.chunks
-        self._in_step = False
-        joules = self._joules
-        if steps > 1:
-            joules = steps * joules + self._joule_slope * (steps * (steps - 1) // 2)
-        self.steps_run += steps
-        self.busy_seconds += now - self._start
-        self.step_joules += joules
-        if self._marks:
-            self.marked_steps += steps
-        pool = scheduler.pool
-        used, count, context, gap, older = pool.used, 0, 0, 0.0, 0
-        if scheduler.with_decodes:
-            count, context = decodes.count, decodes.context
-            blocks = decodes.allocate(steps)
-            if blocks:
-                pool.take(blocks)
-            gap, older = decodes.advance(steps, self._start, self._first, self._slope, now)
-        self._log_step(
-            (
-                self.index, self._start, now, steps, self._first, self._slope, len(chunks),
-                self._tokens, count, context, scheduler.queue.size, used, joules, gap, older,
-            )
-        )  # fmt: skip
-        if count and decodes.next_end <= decodes.clock:
-            self._end_branches(now)
-        if chunks:
-            scheduler.chunks = []
-            scheduler.pending_prompt -= self._tokens
-            for request, new, _ in chunks:
-                request.computed += new
-                request.todo -= new
-                if request.todo == 0:
-                    self._finish_prompt(request, now)
-
-    def _end_branches(self, now: float) -> None:
-        for request, blocks, is_last in self.decodes.ended(now):
-            self.scheduler.branch_ended(request, blocks, is_last=is_last)
-            if is_last:
-                self._finish_decode(request, now)
+        self.wake(now)
+        if self.scheduler.queue.size:
+            self.cut(now)
 
     # -- ends of stages
 
-    def _finish_prompt(self, request: Request, now: float) -> None:
+    def finish_prompt(self, request: Request, now: float) -> None:
+        """Emit a token, and decode here, hand over, or be done."""
         scheduler = self.scheduler
         scheduler.prompt_ended(request)
         if not request.decodes:
@@ -451,7 +187,7 @@ class LlmClient(Client):
             scheduler.join(request)
             return
         scheduler.leave(request)
-        self._finish_decode(request, now)
+        self.finish_decode(request, now)
 
     def _emit(self, request: Request, now: float) -> None:
         """The end of a prompt emits a token of each branch."""
@@ -490,7 +226,8 @@ class LlmClient(Client):
         request.handed_over = True
         self._done(request, now)
 
-    def _finish_decode(self, request: Request, now: float) -> None:
+    def finish_decode(self, request: Request, now: float) -> None:
+        """The decode stage ends; what was emitted belongs to the prompt of a later round."""
         output = request.output
         request.decode_span += now - request.stage_first
         request.decode_gaps += output - 1
@@ -505,43 +242,14 @@ class LlmClient(Client):
         self.served += 1
         self.hub.finish_stage(request, now)
 
-    def stop(self, now: float) -> None:
-        """Apply the steps that ended by now; the one under way is logged as 0 steps."""
-        if not self._in_step:
-            return
-        steps = min(self.steps_by(now), self._steps - 1)
-        step_seconds = self._first + self._slope * steps
-        joules = self._joules + self._joule_slope * steps
-        start = self._start
-        if steps:
-            self._steps = steps
-            start += self._duration(steps)
-            self._complete(start)
-        self._in_step = False
-        if step_seconds > 0.0:
-            joules *= (now - start) / step_seconds
-        self.busy_seconds += now - start
-        self.step_joules += joules
-        scheduler = self.scheduler
-        row = (self.index, start, now, 0, step_seconds, 0, 0, 0, 0, 0)
-        self.hub.steps.append((*row, scheduler.queue.size, scheduler.pool.used, joules, 0, 0))
-        for request in scheduler.running:
-            if not request.todo:
-                self.decodes.sync(request)
-
-    # -- what routers ask
+    # -- what routers and reports ask
 
     def load(self, measure: str, now: float) -> float:
         """See ``loads``."""
         if measure == "requests":
             return self.assigned
-        return Loads(self.scheduler, self.cost, self.assigned, self._progress(now)).under(measure)
-
-    def _progress(self, now: float) -> int:
-        """Decode steps of the present jump that are done but not applied yet."""
-        if not (self._in_step and self.scheduler.with_decodes and self._steps > 1):
-            return 0
-        return self.steps_by(now)
+        done = self.steps_done(now)
+        return Loads(self.scheduler, self.cost, self.assigned, done).under(measure)
 
     def waiting_for(self) -> str:
         """The head of the queue, and what memory is free."""

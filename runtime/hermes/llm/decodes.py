@@ -8,6 +8,7 @@ many steps costs as much as one.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from bisect import bisect_left
 from heapq import heappop, heappush
@@ -26,6 +27,7 @@ class Decodes(ABC):
         count: query tokens of a decode step; a request with B live branches has B.
         context: keys that the next decode step reads, each query's own token included.
         clock: decode steps done so far.
+        due: blocks to allocate before the next decode step.
         next_end: the clock at which the first branch has emitted its last token, or earlier.
         block_size: tokens per block.
         last_end: when the last decode step ended, in seconds.
@@ -36,6 +38,7 @@ class Decodes(ABC):
         self.count: int = 0
         self.context: int = 0
         self.clock: int = 0
+        self.due: int = 0
         self.next_end: int = NEVER
         self.last_end: float = 0.0
         self._rows: Rows | None = None
@@ -55,12 +58,8 @@ class Decodes(ABC):
         """Take a request out before its end; brings its ``emitted`` up to date."""
 
     @abstractmethod
-    def needed(self) -> int:
-        """Blocks to allocate before the next decode step."""
-
-    @abstractmethod
     def needed_by(self, request: Request) -> int:
-        """Of these, the ones for one request."""
+        """Blocks of ``due`` that are for one request."""
 
     @abstractmethod
     def held_by(self, request: Request) -> int:
@@ -117,9 +116,9 @@ class JumpingDecodes(Decodes):
         self._due = [0] * (2 * block_size)
         self._ends: list[tuple[int, int, int, Request]] = []
         self._fresh: list[Request] = []
-        # Clocks and gaps of the largest gaps since: both lists are sorted, gaps downwards.
-        self._gap_clocks: list[int] = []
-        self._gaps: list[float] = []
+        # The largest gaps since any clock, with their clocks: gaps fall, clocks rise. The first is
+        # larger than all, so that the list is never empty.
+        self._gaps: list[tuple[float, int]] = [(math.inf, -1)]
         self._end_sum: int = 0
 
     def join(self, request: Request) -> None:
@@ -148,6 +147,7 @@ class JumpingDecodes(Decodes):
         due = (request.joined - own) % size
         self._due[due] += branches
         self._due[due + size] += branches
+        self.due = self._due[self.clock % size]
 
     def _emitted(self, request: Request) -> int:
         return request.base + self.clock - request.joined
@@ -172,10 +172,6 @@ class JumpingDecodes(Decodes):
         while ends and ends[0][2] != ends[0][3].incarnation:
             heappop(ends)
         self.next_end = ends[0][0] if ends else NEVER
-
-    def needed(self) -> int:
-        """Those due at this clock."""
-        return self._due[self.clock % self.block_size]
 
     def needed_by(self, request: Request) -> int:
         """One for each branch whose last block is full."""
@@ -207,36 +203,33 @@ class JumpingDecodes(Decodes):
         """Whole rounds, in which every query takes a block, and the rest by due clocks."""
         size = self.block_size
         start = self.clock % size
-        if steps == 1:
-            return self._due[start]
         return steps // size * self.count + sum(self._due[start : start + steps % size])
 
     def advance(
         self, steps: int, start: float, first: float, slope: float, end: float
     ) -> tuple[float, int]:
         """Move the clock; remember the largest gaps."""
-        first_end = start + first if steps > 1 else end
-        gap, count = first_end - self.last_end, self.count
-        clock = self.clock + 1
-        # The largest gap since any clock: later and larger ones hide those before.
-        gaps, clocks = self._gaps, self._gap_clocks
-        while gaps and gaps[-1] <= gap:
-            gaps.pop()
-            clocks.pop()
-        gaps.append(gap)
-        clocks.append(clock)
-        older = count - self._greet(first_end) if self._fresh else count
-        self.context += steps * count
-        self.clock += steps
-        if steps > 1:
+        count, clock = self.count, self.clock
+        gaps = self._gaps
+        if steps == 1:
+            first_end = end
+            last = gap = end - self.last_end
+        else:
+            first_end = start + first
+            gap = first_end - self.last_end
             last = first + slope * (steps - 1 if slope >= 0.0 else 1)
-            while gaps and gaps[-1] <= last:
-                gaps.pop()
-                clocks.pop()
-            gaps.append(last)
-            clocks.append(self.clock)
+            if gap > last:
+                while gaps[-1][0] <= gap:
+                    gaps.pop()
+                gaps.append((gap, clock + 1))
+        self.clock = clock = clock + steps
+        while gaps[-1][0] <= last:  # later and larger ones hide those before
+            gaps.pop()
+        gaps.append((last, clock))
+        self.due = self._due[clock % self.block_size]
+        self.context += steps * count
         self.last_end = end
-        return gap, older
+        return gap, count - self._greet(first_end) if self._fresh else count
 
     def _greet(self, first_end: float) -> int:
         """The first decode step of those that joined has ended; returns their queries."""
@@ -253,9 +246,9 @@ class JumpingDecodes(Decodes):
 
     def _settle(self, request: Request) -> None:
         """Fold the gaps after its first decode step into ``max_gap``."""
-        place = bisect_left(self._gap_clocks, request.joined + 2)
-        if place < len(self._gaps) and self._gaps[place] > request.max_gap:
-            request.max_gap = self._gaps[place]
+        place = bisect_left(self._gaps, request.joined + 2, key=_clock)
+        if place < len(self._gaps):
+            request.max_gap = max(request.max_gap, self._gaps[place][0])
 
     def ended(self, now: float) -> list[tuple[Request, int, bool]]:
         """Pop the heap of ends up to the clock."""
@@ -308,3 +301,7 @@ def branch_blocks(request: Request, emitted: int, size: int) -> int:
         return blocks_for(request.prompt + emitted - 1, size)
     own = blocks_for(emitted - 1, size)
     return own + blocks_for(request.prompt, size) if request.live == 1 else own
+
+
+def _clock(entry: tuple[float, int]) -> int:
+    return entry[1]

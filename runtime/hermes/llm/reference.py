@@ -50,6 +50,7 @@ class ListedDecodes(Decodes):
 
     def _recount(self) -> None:
         self.count = len(self.branches)
+        self.due = sum(branch.kept % self.block_size == 0 for branch in self.branches)
         left = min((branch.output - branch.emitted for branch in self.branches), default=NEVER)
         self.next_end = self.clock + left
         self.context = sum(branch.request.prompt + branch.emitted for branch in self.branches)
@@ -62,10 +63,6 @@ class ListedDecodes(Decodes):
         self.sync(request)
         self.branches = [branch for branch in self.branches if branch.request is not request]
         self._recount()
-
-    def needed(self) -> int:
-        """Branches whose last block is full."""
-        return sum(branch.kept % self.block_size == 0 for branch in self.branches)
 
     def needed_by(self, request: Request) -> int:
         """Its branches whose last block is full."""
@@ -86,7 +83,7 @@ class ListedDecodes(Decodes):
 
     def allocate(self, steps: int) -> int:
         """A block for each branch whose last one is full."""
-        return self.needed()
+        return self.due
 
     def advance(
         self, steps: int, start: float, first: float, slope: float, end: float

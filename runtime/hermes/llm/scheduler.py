@@ -64,7 +64,6 @@ class Scheduler:
         pending_prompt: prompt tokens still to compute, of all requests given to the client.
         owed: output tokens of requests that do not decode yet.
         preempted: whether planning the present step preempted anybody.
-        joined: requests that joined the decodes since the last step without a prefill here.
         swapped_tokens: tokens moved from or to the host since the last step was priced.
         now: time of the present step, set by the client.
         by_chunk: whether blocks are taken chunk by chunk, not prompt by prompt.
@@ -86,7 +85,6 @@ class Scheduler:
         self.owed = 0
         self.swapped_tokens = 0
         self.preempted = False
-        self.joined: list[Request] = []
         self.now = 0.0
         self.hands_over = False
         self.resumed: Callable[[Request], None] = _ignore
@@ -111,7 +109,7 @@ class Scheduler:
 
     def _decode_if_no_prompts(self) -> None:
         self.with_decodes = not self.chunks and self.decodes.count > 0
-        if self.with_decodes and self.decodes.needed() > self.pool.free:
+        if self.with_decodes and self.decodes.due > self.pool.free:
             self._make_room()
             self.with_decodes = self.decodes.count > 0
 
@@ -119,7 +117,7 @@ class Scheduler:
         decodes = self.decodes
         self.preempted = False
         pool = self.pool
-        if decodes.count and decodes.needed() > pool.capacity - pool.used:
+        if decodes.count and decodes.due > pool.capacity - pool.used:
             self._make_room()
         budget = self.limits.max_batched_tokens - decodes.count
         if self.prefilling:
@@ -155,7 +153,7 @@ class Scheduler:
 
     def _room_for(self, blocks: int, request: Request) -> bool:
         """Preempt later requests until blocks are free; False if it came to ``request`` itself."""
-        while blocks > self.pool.free - self.decodes.needed():
+        while blocks > self.pool.free - self.decodes.due:
             victim = next(reversed(self.running))
             self._preempt(victim)
             if victim is request:
@@ -185,14 +183,13 @@ class Scheduler:
         size = self.pool.size
         blocks = decode_blocks(request, request.emitted, size)
         next_blocks = decode_blocks(request, request.emitted + 1, size)
-        if next_blocks > self.pool.free - self.decodes.needed():
+        if next_blocks > self.pool.free - self.decodes.due:
             return False
         self.pool.take(blocks)
         self._start(request)
         if self.limits.swap and request.preemptions:
             self.swapped_tokens += request.prompt + request.live * (request.emitted - 1)
         request.handed_over = False
-        self.joined.append(request)
         self.owed -= owed_by(request)
         self.decodes.join(request)
         if request.stopped >= 0:
@@ -204,6 +201,11 @@ class Scheduler:
         request.state = RUNNING
         self.running[request] = None
         self.queries += request.live
+        if request.started < 0:
+            request.started = now = self.now
+            request.queue_time += now - request.arrived
+            if not request.handed_over:
+                request.prefill_started = now
 
     def _admit_prompt(self, request: Request, budget: int) -> int:
         """Admit a prompt if it fits; returns the tokens of it that run now, 0 if none."""
@@ -222,7 +224,7 @@ class Scheduler:
             wanted = final_blocks(request, size) - len(hits)
         if hits:
             wanted += pool.idle_among(hits)
-        if wanted > pool.capacity - pool.used - self.decodes.needed():
+        if wanted > pool.capacity - pool.used - self.decodes.due:
             return 0
         if pool.prefix_cache:
             self._share(request, hits, total)

@@ -63,6 +63,8 @@ def run(
     )  # fmt: skip
     if out is not None:
         result["files"] = _write(before, after, out, onnx, result["answers"])
+        if (costs := _write_costs(after, out, backend or file.backend, file.options)) is not None:
+            result["files"]["costs"] = costs
     if as_json:
         print_json(result)
 
@@ -147,6 +149,16 @@ def _write(
     if answers:
         _compare_onnx(after, answers)
     return files
+
+
+def _write_costs(
+    after: fxgraft.Program, out: Path, backend: str, options: dict[str, Any]
+) -> str | None:
+    """What a backend that only costs Programs has to say; None for other backends."""
+    if backend != "flexcim":
+        return None
+    with step(f"costs to {out / backend}"):
+        return str(find_backend(backend).export(after, out / backend, **options))
 
 
 def _compare_onnx(after: fxgraft.Program, answers: dict[str, Any]) -> None:
