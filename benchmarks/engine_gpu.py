@@ -5,11 +5,12 @@ bandwidth of a device copy), the engine's own overhead, and transformers' ``gene
 dynamic cache and with a static cache and ``torch.compile`` in the same run. Every path runs in a
 process of its own.
 
-    python benchmarks/engine_gpu.py [--quick]
+    python benchmarks/engine_gpu.py
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import subprocess
@@ -22,8 +23,7 @@ from typing import Any, cast
 import torch
 
 HERE = Path(__file__).parent
-PATHS = ("copy", "ours", "cold", "transformers dynamic", "transformers static + compile")
-QUICK = "--quick" in sys.argv
+PATHS = ("copy", "ours", "transformers dynamic", "transformers static + compile", "cold")
 CONTEXTS = (512, 4096, 16384)
 NEW = 64
 STREAMS, PROMPT, OUTPUT = 64, 512, 256
@@ -33,25 +33,27 @@ Figures = dict[str, Any]
 
 
 def main() -> None:
-    """Run every path in a process of its own and write the result file."""
-    if "--path" in sys.argv:
-        print(json.dumps(RUN[sys.argv[sys.argv.index("--path") + 1]]()))
+    """Run every path in a process of its own; the result file grows with each."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--path", choices=PATHS, help="run one path here and print its figures")
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the result")
+    arguments = parser.parse_args()
+    if arguments.path:
+        print(json.dumps(RUN[arguments.path]()))
         return
     found: dict[str, Figures] = {}
-    paths = PATHS[:2] if QUICK else PATHS
-    for path in paths:
-        command = [sys.executable, __file__, "--path", path, *(["--quick"] if QUICK else [])]
+    for path in PATHS:
         begun = time.perf_counter()
-        result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-        if result.returncode:
-            print(f"{path}: failed")
-            continue
-        found[path] = json.loads(result.stdout.splitlines()[-1])
-        print(
-            f"{path} ({time.perf_counter() - begun:.0f} s): {json.dumps(found[path])}", flush=True
+        result = subprocess.run(
+            [sys.executable, __file__, "--path", path],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
         )
-    if not QUICK:
-        write(found)
+        found[path] = json.loads(result.stdout.splitlines()[-1])
+        print(f"{path}, {time.perf_counter() - begun:.0f} s: {json.dumps(found[path])}", flush=True)
+        if "ours" in found:
+            write(found, arguments.out)
 
 
 def device_copy() -> Figures:
@@ -114,26 +116,26 @@ def compiled_llama() -> Any:
 
 
 def cold() -> Figures:
-    """From an empty process to the first token of a prompt of 512, weights apart."""
-    return first_token("ours")
-
-
-def first_token(path: str) -> Figures:
-    """Seconds from the finished model to the first token, and the imports before it."""
+    """Ours from an empty process; kernels were compiled by the path ``ours`` before."""
     model = llama()
-    torch.cuda.synchronize()
-    ids = torch.tensor([prompt_of(512)], device="cuda")
-    begun = time.perf_counter()
-    if path == "ours":
+
+    def run(ids: torch.Tensor) -> None:
         import fxgraft
 
         compiled = fxgraft.compile(model, ["optimize"], backend="triton", check=False)
-        # Two tokens: the second is the first that decodes.
         compiled.generate(ids, max_new_tokens=2, eos_token_id=[])
-    else:
-        model.generate(ids, max_new_tokens=2, min_new_tokens=2, cache_implementation="static")
+
+    return {"seconds": first_token(run)}
+
+
+def first_token(run: Callable[[torch.Tensor], object]) -> float:
+    """Seconds from the model to its second token, the first that decodes; the prompt is 512."""
+    ids = torch.tensor([prompt_of(512)], device="cuda")
     torch.cuda.synchronize()
-    return {"seconds": time.perf_counter() - begun}
+    begun = time.perf_counter()
+    run(ids)
+    torch.cuda.synchronize()
+    return time.perf_counter() - begun
 
 
 def ours() -> Figures:
@@ -148,8 +150,7 @@ def ours() -> Figures:
     }
     figures["batch 1"] = one_stream(compiled)
     figures["many"] = many_streams(compiled)
-    if not QUICK:
-        figures["sweep"] = sweep(compiled)
+    figures["sweep"] = sweep(compiled)
     figures["kernels"] = {line.op: line.count for line in compiled.report().lines}
     return figures
 
@@ -157,7 +158,7 @@ def ours() -> Figures:
 def one_stream(compiled: Any) -> Figures:
     """Milliseconds per token of ``generate`` by context, as a user sees them."""
     figures: Figures = {}
-    for context in CONTEXTS[:1] if QUICK else CONTEXTS:
+    for context in CONTEXTS:
         ids = torch.tensor([prompt_of(context)], device="cuda")
         marks: list[float] = []
 
@@ -231,7 +232,7 @@ def replayed_ms(engine: Any, rows: int, context: int) -> float:
         batch._steps[rows]()
 
     batch.past[:rows] = context
-    seconds = replay_seconds(step, 8 if QUICK else 32)
+    seconds = replay_seconds(step, 32)
     batch.past.fill_(-1)
     return seconds * 1e3
 
@@ -263,18 +264,22 @@ def sweep(compiled: Any) -> list[Figures]:
 
 def transformers_dynamic() -> Figures:
     """transformers as most people call it."""
-    return transformers_ms(None, CONTEXTS)
+    return transformers_ms(llama(), None, (512, 16384))
 
 
 def transformers_static() -> Figures:
     """transformers with a static cache, which it compiles."""
-    found = first_token("static")
-    return {"first_token_seconds": found["seconds"], **transformers_ms("static", CONTEXTS[:1])}
-
-
-def transformers_ms(cache: str | None, contexts: tuple[int, ...]) -> Figures:
-    """Milliseconds per token by context."""
     model = llama()
+
+    def run(ids: torch.Tensor) -> None:
+        model.generate(ids, max_new_tokens=2, min_new_tokens=2, cache_implementation="static")
+
+    seconds = first_token(run)
+    return {"first_token_seconds": seconds, **transformers_ms(model, "static", (512,))}
+
+
+def transformers_ms(model: Any, cache: str | None, contexts: tuple[int, ...]) -> Figures:
+    """Milliseconds per token by context."""
     figures: Figures = {}
     for context in contexts:
         ids = torch.tensor([prompt_of(context)], device="cuda")
@@ -295,7 +300,6 @@ def transformers_ms(cache: str | None, contexts: tuple[int, ...]) -> Figures:
             return time.perf_counter() - begun
 
         run(8)
-        run(8)
         short, long = run(8), run(8 + NEW)
         figures[str(context)] = {"ms": (long - short) / NEW * 1e3}
     return figures
@@ -310,7 +314,7 @@ RUN: dict[str, Callable[[], Figures]] = {
 }
 
 
-def write(found: dict[str, Figures]) -> None:
+def write(found: dict[str, Figures], folder: Path) -> None:
     """The result file."""
     from fxgraft.results import row
     from fxgraft.results import write as write_results
@@ -378,7 +382,7 @@ def write(found: dict[str, Figures]) -> None:
         metric = f"step of {point['batch']} streams at context {point['context']}"
         bound = ("weights and state read once", floor)
         rows.append(row(metric, point["ms"], "ms", bound=bound))
-    write_results("engine_gpu", "engine", rows, HERE / "results")
+    write_results("engine_gpu", "engine", rows, folder)
 
 
 if __name__ == "__main__":
