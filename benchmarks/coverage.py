@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import re
 import signal
 import sys
 import time
@@ -103,7 +104,8 @@ def run(name: str) -> Outcome:
         with time_limit(LIMIT_SECONDS):
             check(name, outcome)
     except Exception as error:
-        outcome.reason = " ".join(str(error).split())[:300] or type(error).__name__
+        message = re.sub(r"/\S*/site-packages/", "", " ".join(str(error).split()))
+        outcome.reason = message[:300] or type(error).__name__
     outcome.seconds = time.perf_counter() - start
     return outcome
 

@@ -50,6 +50,8 @@ class PagedStepModel(ProgramFacts):
         self._model: PagedModel | None = None
         self._tables: list[Tensor] = []
         self._steps: dict[int, Callable[[], Tensor]] = {}
+        # The state whose rows and pasts the device holds, but for the last step's token.
+        self._sent: RowState | None = None
 
     def empty_state(self, batch: int) -> RowState:
         """No row has seen anything."""
@@ -61,8 +63,8 @@ class PagedStepModel(ProgramFacts):
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, state: RowState
     ) -> tuple[Tensor, RowState]:
         """Take new tokens in; see ``StepModel.step``."""
-        new = input_ids.shape[1]
-        real = integers(attention_mask[:, -new:].sum(dim=1))
+        batch, new = input_ids.shape
+        real = [1] * batch if new == 1 else integers(attention_mask[:, -new:].sum(dim=1))
         self._reserve(self._row_count, max(p + n for p, n in zip(state.past, real, strict=True)))
         ids = input_ids.to(self._device)
         if new == 1:
@@ -73,7 +75,9 @@ class PagedStepModel(ProgramFacts):
                 for i, (row, past, n) in enumerate(zip(state.rows, state.past, real, strict=True))
             ])  # fmt: skip
         past = [p + n for p, n in zip(state.past, real, strict=True)]
-        return logits.to(input_ids.device), RowState(state.rows, past)
+        after = RowState(state.rows, past)
+        self._sent = after if new == 1 else None
+        return logits.to(input_ids.device), after
 
     def select(self, state: RowState, rows: Tensor) -> RowState:
         """State of only these rows; nothing moves."""
@@ -108,29 +112,36 @@ class PagedStepModel(ProgramFacts):
         self._slots = torch.zeros(count, dtype=torch.int64, device=self._device)
         self._used = [torch.zeros_like(table) for table in self._tables]
         self._steps.clear()
+        self._sent = None
 
     def _pages(self, tokens: int) -> int:
         return -(-tokens // self._paged.block_size)
 
     def _decode(self, tokens: Tensor, state: RowState) -> Tensor:
         count = len(state.rows)
-        rows = torch.tensor(state.rows, device=self._device)
         self._tokens[:count] = tokens
-        self._past[:count] = torch.tensor(state.past, dtype=torch.int32, device=self._device)
-        self._slots[:count] = rows + 1
-        for used, table in zip(self._used, self._tables, strict=True):
-            used[:, :count] = table[:, rows]
+        if state is self._sent:
+            self._past[:count] += 1
+        else:
+            self._send(state)
         if self._paged.needs_mask:
             return self._run_rows(count, max(state.past))
         if count not in self._steps:
             # Capturing runs the step more than once: fixed state may only advance once.
-            kept = self._past[:count].clone()
             self._past[:count] = -1
             self._slots[:count] = 0
             self._steps[count] = self._capture(lambda: self._run_rows(count, None))
-            self._past[:count] = kept
-            self._slots[:count] = rows + 1
+            self._send(state)
         return self._steps[count]()
+
+    def _send(self, state: RowState) -> None:
+        """Let the rows of steps be those of a state."""
+        count = len(state.rows)
+        rows = torch.tensor(state.rows, device=self._device)
+        self._past[:count] = torch.tensor(state.past, dtype=torch.int32, device=self._device)
+        self._slots[:count] = rows + 1
+        for used, table in zip(self._used, self._tables, strict=True):
+            used[:, :count] = table[:, rows]
 
     def _run_rows(self, count: int, longest: int | None) -> Tensor:
         assert self._model is not None

@@ -17,29 +17,15 @@ from fxgraft.kernels.launch import wait_for_inputs
 
 @triton.jit
 def _multiply(
-    x,
-    weight,
-    norm_weight,
-    weight_row,
-    row,
-    rows,
-    begin,
-    end,
-    inner,
-    offset,
-    NORM: tl.constexpr,
-    EVEN: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    x, weight, weight_row, row, rows, begin, end, inner,
+    EVEN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
-):
-    """Products [BLOCK_R, BLOCK_N] over input features begin..end, and sums of squares [BLOCK_R]."""
+):  # fmt: skip
+    """Products [BLOCK_R, BLOCK_N] over input features begin..end."""
     k = tl.arange(0, BLOCK_K)
     x_pointers = x + row[:, None] * inner + k[None, :]
     weight_pointers = weight + weight_row.to(tl.int64)[None, :] * inner + k[:, None]
     total = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
-    squares = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
     for start in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
         here = start + k
         mask = (row < rows)[:, None]
@@ -49,83 +35,43 @@ def _multiply(
             mask = mask & (here < end)[None, :]
             tile = tl.load(weight_pointers + start, mask=(here < end)[:, None], other=0.0)
         value = tl.load(x_pointers + start, mask=mask, other=0.0)
-        if NORM:
-            wide = value.to(tl.float32)
-            squares += wide * wide
-            if norm_weight is not None:
-                gain = tl.load(norm_weight + here, mask=here < end, other=0.0)
-                value = (wide * (gain.to(tl.float32) + offset)[None, :]).to(value.dtype)
         total = tl.dot(value, tile, total, input_precision="ieee")
-    return total, tl.sum(squares, axis=1)
+    return total
 
 
 @triton.jit
 def _add_splits(
-    total,
-    squares,
-    partial,
-    arrived,
-    block,
-    split,
-    row,
-    rows,
-    NORM: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-):
+    total, partial, arrived, block, split, row, rows,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_K: tl.constexpr,
+):  # fmt: skip
     """Leave this split's sums; returns whether it is the last one, and then the sums of all.
 
     Source of the scheme: the threadfence reduction of the CUDA samples. The order of addition is
     that of the splits, whichever comes last.
     """
-    STRIDE: tl.constexpr = BLOCK_R * (BLOCK_N + 1)
+    STRIDE: tl.constexpr = BLOCK_R * BLOCK_N
     partial += block.to(tl.int64) * SPLIT_K * STRIDE
     mask = (row < rows)[:, None]
     place = row[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     tl.store(partial + split * STRIDE + place, total, mask=mask)
-    if NORM:
-        tl.store(partial + split * STRIDE + BLOCK_R * BLOCK_N + row, squares)
     tl.debug_barrier()
     is_last = tl.atomic_add(arrived + block, 1, sem="acq_rel", scope="gpu") == SPLIT_K - 1
     if is_last:
         tl.store(arrived + block, 0)
         total = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
-        squares = tl.zeros((BLOCK_R,), tl.float32)
         for other in tl.static_range(SPLIT_K):
             start = partial + other * STRIDE
             total += tl.load(start + place, mask=mask, other=0.0, cache_modifier=".cg")
-            if NORM:
-                squares += tl.load(start + BLOCK_R * BLOCK_N + row, cache_modifier=".cg")
-    return is_last, total, squares
+    return is_last, total
 
 
 @triton.jit(do_not_specialize=["rows"])
 def matrix_kernel(
-    x,
-    weight,
-    bias,
-    norm_weight,
-    residual,
-    output,
-    partial,
-    arrived,
-    rows,
-    features,
-    inner,
-    eps,
-    offset,
-    NORM: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    EVEN: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    PREFETCH: tl.constexpr,
+    x, weight, bias, residual, output, partial, arrived, rows, features, inner,
+    ACTIVATION: tl.constexpr, EVEN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, STAGES: tl.constexpr, PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
-):
+):  # fmt: skip
     """BLOCK_N of the N = ``features`` weight rows times x [rows, K = ``inner``], K in splits."""
     block, split = tl.program_id(0), tl.program_id(1)
     weight_row = weight_rows(block, features, ACTIVATION, BLOCK_N)
@@ -134,41 +80,14 @@ def matrix_kernel(
     begin, end = split * part, tl.minimum((split + 1) * part, inner)
     prefetch_weights(weight, weight_row, begin, inner, PREFETCH, PDL)
     wait_for_inputs(PDL)
-    total, squares = _multiply(
-        x,
-        weight,
-        norm_weight,
-        weight_row,
-        row,
-        rows,
-        begin,
-        end,
-        inner,
-        offset,
-        NORM,
-        EVEN,
-        BLOCK_R,
-        BLOCK_N,
-        BLOCK_K,
-        STAGES,
-    )
+    total = _multiply(
+        x, weight, weight_row, row, rows, begin, end, inner,
+        EVEN, BLOCK_R, BLOCK_N, BLOCK_K, STAGES,
+    )  # fmt: skip
     is_last = True
     if SPLIT_K > 1:
-        is_last, total, squares = _add_splits(
-            total,
-            squares,
-            partial,
-            arrived,
-            block,
-            split,
-            row,
-            rows,
-            NORM,
-            BLOCK_R,
-            BLOCK_N,
-            SPLIT_K,
+        is_last, total = _add_splits(
+            total, partial, arrived, block, split, row, rows, BLOCK_R, BLOCK_N, SPLIT_K
         )
     if is_last:
-        if NORM:
-            total *= tl.rsqrt(squares / inner + eps)[:, None]
         finish(total, bias, residual, output, block, row, rows, features, ACTIVATION, BLOCK_N)

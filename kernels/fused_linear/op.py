@@ -15,8 +15,8 @@ Args:
 
 Returns:
     [..., N], or [..., F] with an activation, contiguous. A row does not depend on other rows, but
-    its rounding may depend on how many there are. On CUDA nothing between x and the result is
-    rounded to the dtype, up to 64 rows.
+    its rounding may depend on how many there are. On CUDA, up to 64 rows, nothing between x and
+    the result is rounded to the dtype but what is normalised, and of one row not even that.
 
 Raises:
     InputError: the dtypes differ, shapes do not fit, another activation, a norm weight without eps.
@@ -67,13 +67,16 @@ def _check(
 
 
 def _check_shapes(
-    output: tuple[int, ...],
+    x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     norm_weight: Tensor | None,
     residual: Tensor | None,
     eps: float | None,
-) -> None:
+    activation: str | None,
+) -> tuple[int, ...]:
+    """Check, and tell the result's shape."""
+    output = (*x.shape[:-1], weight.shape[0] // (1 if activation is None else 2))
     expected = (
         ("bias", bias, (weight.shape[0],)),
         ("norm_weight", norm_weight, (weight.shape[1],)),
@@ -86,6 +89,7 @@ def _check_shapes(
             )
     if norm_weight is not None and eps is None:
         raise InputError("fused_linear has a norm_weight but no eps", "pass the norm's eps")
+    return output
 
 
 def _fake(
@@ -100,10 +104,7 @@ def _fake(
     activation: str | None = None,
 ) -> Tensor:
     _check(x, weight, (bias, norm_weight, residual), activation)
-    width = weight.shape[0] // (1 if activation is None else 2)
-    shape = (*x.shape[:-1], width)
-    _check_shapes(shape, weight, bias, norm_weight, residual, eps)
-    return x.new_empty(shape)
+    return x.new_empty(_check_shapes(x, weight, bias, norm_weight, residual, eps, activation))
 
 
 def _fused_linear(
@@ -119,8 +120,7 @@ def _fused_linear(
 ) -> Tensor:
     """The parts one after the other, each by the library or its own op."""
     _check(x, weight, (bias, norm_weight, residual), activation)
-    shape = (*x.shape[:-1], weight.shape[0] // (1 if activation is None else 2))
-    _check_shapes(shape, weight, bias, norm_weight, residual, eps)
+    shape = _check_shapes(x, weight, bias, norm_weight, residual, eps, activation)
     h = (
         x
         if eps is None
@@ -152,12 +152,11 @@ def _cuda(
     from fxgraft.kernels.fused_linear import triton
 
     options: dict[str, Any] = {"eps": eps, "norm_offset": norm_offset, "activation": activation}
-    config = triton.config_for(x, weight, normalises=eps is not None)
+    config = triton.config_for(x, weight)
     if config is None:
         return _fused_linear(x, weight, bias, norm_weight, residual, **options)
     _check(x, weight, (bias, norm_weight, residual), activation)
-    shape = (*x.shape[:-1], weight.shape[0] // (1 if activation is None else 2))
-    _check_shapes(shape, weight, bias, norm_weight, residual, eps)
+    _check_shapes(x, weight, bias, norm_weight, residual, eps, activation)
     return triton.fused_linear(x, weight, bias, norm_weight, residual, config=config, **options)
 
 

@@ -30,19 +30,10 @@ from fxgraft.kernels.paged_attention.splits import (
 
 @triton.jit
 def _prefetch_tokens(
-    cache,
-    table,
-    begin,
-    end,
-    page_stride,
-    token_stride,
-    blocks,
-    DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PAGE: tl.constexpr,
-    TOKENS: tl.constexpr,
+    cache, table, begin, end, page_stride, token_stride, blocks,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr, TOKENS: tl.constexpr,
     PDL: tl.constexpr,
-):
+):  # fmt: skip
     """Bring the first TOKENS entries of a part into L2, before the table is known to be valid."""
     LINE: tl.constexpr = 1024 // cache.dtype.element_ty.primitive_bitwidth
     token = tl.minimum(begin + tl.arange(0, TOKENS), end - 1)
@@ -56,28 +47,11 @@ def _prefetch_tokens(
 
 @triton.jit
 def _new_token(
-    key,
-    value,
-    key_cache,
-    value_cache,
-    table,
-    length,
-    cos,
-    sin,
-    angle,
-    is_mine,
-    key_page,
-    key_token,
-    value_page,
-    value_token,
-    PAGE: tl.constexpr,
-    ROTARY: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
+    key, value, key_cache, value_cache, table, length, cos, sin, angle, is_mine, key_page,
+    key_token, value_page, value_token,
+    PAGE: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
     """The new token's rotated key [1, D] and value [D], written to the caches; 0 if not mine."""
     column, value_column = tl.arange(0, BLOCK_D)[None, :], tl.arange(0, BLOCK_V)
     mask = (column < HEAD_DIM) & is_mine
@@ -116,27 +90,11 @@ def _with_new(top, total, mixed, score, value):
 
 @triton.jit
 def _by_products(
-    query,
-    key_cache,
-    value_cache,
-    table,
-    page,
-    begin,
-    end,
-    key_page,
-    key_token,
-    value_page,
-    value_token,
-    scale,
-    SOFTCAP: tl.constexpr,
-    PAGE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    TILE: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    query, key_cache, value_cache, table, page, begin, end, key_page, key_token, value_page,
+    value_token, scale,
+    SOFTCAP: tl.constexpr, PAGE: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """One query head, without tensor cores; as ``_by_dots``, but for the token more.
 
     Each place of a tile keeps a softmax of its own, so that no two threads have to agree on a
@@ -176,29 +134,11 @@ def _by_products(
 
 @triton.jit
 def _by_dots(
-    query,
-    first_score,
-    first_value,
-    key_cache,
-    value_cache,
-    table,
-    page,
-    begin,
-    end,
-    key_page,
-    key_token,
-    value_page,
-    value_token,
-    scale,
-    SOFTCAP: tl.constexpr,
-    PAGE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    TILE: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    query, first_score, first_value, key_cache, value_cache, table, page, begin, end, key_page,
+    key_token, value_page, value_token, scale,
+    SOFTCAP: tl.constexpr, PAGE: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """All query heads of a kv head, on the tensor cores.
 
     Args:
@@ -241,60 +181,70 @@ def _by_dots(
 
 
 @triton.jit
+def _attend_part(
+    query, key, value, key_cache, value_cache, table, cos, sin, length, split, begin, end,
+    query_head, angle_start, key_page, key_token, value_page, value_token, scale,
+    GROUP: tl.constexpr, PAGE: tl.constexpr, SOFTCAP: tl.constexpr, ROTARY: tl.constexpr,
+    INTERLEAVED: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, TILE: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One split's part; the first one also has the new token, which it writes to the caches.
+
+    Args:
+        query, key, value: of the row's first head of the kv head.
+        angle_start: where the row's angles begin in cos and sin.
+
+    Returns:
+        The largest logit [G], the sum of weights [G], and the weighted sum of values [G, D].
+    """
+    group, column = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
+    token = begin + tl.arange(0, TILE)
+    page = tl.load(table + token // PAGE, mask=token < end, other=0)
+    angle = tl.zeros((1, 1), tl.int64) + angle_start
+    queries = rotated(
+        query + (group * query_head)[:, None], column[None, :],
+        (group < GROUP)[:, None] & (column < HEAD_DIM)[None, :], cos, sin, angle, angle >= 0,
+        ROTARY, INTERLEAVED,
+    )  # fmt: skip
+    new_key, new_value = _new_token(
+        key, value, key_cache, value_cache, table, length, cos, sin, angle, split == 0,
+        key_page, key_token, value_page, value_token,
+        PAGE, ROTARY, INTERLEAVED, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V,
+    )  # fmt: skip
+    if BLOCK_G == 1:
+        top, total, mixed = _by_products(
+            queries, key_cache, value_cache, table, page, begin, end,
+            key_page, key_token, value_page, value_token, scale,
+            SOFTCAP, PAGE, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, TILE, STAGES,
+        )  # fmt: skip
+        # Here, because the loop's first loads would wait for it.
+        score = _new_logits(queries, new_key, split, scale, SOFTCAP)
+        top, total, mixed = _with_new(top, total, mixed, score, new_value)
+    else:
+        score = _new_logits(queries, new_key, split, scale, SOFTCAP)
+        top, total, mixed = _by_dots(
+            queries, score, new_value, key_cache, value_cache, table, page, begin, end,
+            key_page, key_token, value_page, value_token, scale,
+            SOFTCAP, PAGE, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, TILE, STAGES,
+        )  # fmt: skip
+        start_next(PDL)
+    return top, total, mixed
+
+
+@triton.jit
 def decode_kernel(
-    query,
-    key,
-    value,
-    key_cache,
-    value_cache,
-    table,
-    past,
-    cos,
-    sin,
-    sinks,
-    output,
-    partial,
-    statistics,
-    arrived,
-    query_row,
-    query_head,
-    key_row,
-    key_head,
-    value_row,
-    value_head,
-    key_page,
-    key_cache_head,
-    key_token,
-    value_page,
-    value_cache_head,
-    value_token,
-    table_row,
-    angle_row,
-    blocks,
-    pages,
-    scale,
-    GROUP: tl.constexpr,
-    PAGE: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    ROTARY: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    HEADS: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    SPLITS: tl.constexpr,
-    MOST: tl.constexpr,
-    LEAST: tl.constexpr,
-    LONGEST: tl.constexpr,
-    TILE: tl.constexpr,
-    STAGES: tl.constexpr,
-    CHUNK: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    query, key, value, key_cache, value_cache, table, past, cos, sin, sinks, output, partial,
+    statistics, arrived, query_row, query_head, key_row, key_head, value_row, value_head, key_page,
+    key_cache_head, key_token, value_page, value_cache_head, value_token, table_row, angle_row,
+    blocks, pages, scale,
+    GROUP: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr, HEADS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr, SPLITS: tl.constexpr, MOST: tl.constexpr, LEAST: tl.constexpr,
+    LONGEST: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, CHUNK: tl.constexpr,
+    PREFETCH: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """One split of one kv head of one row; grid (MOST, kv heads, rows).
 
     Args:
@@ -342,45 +292,15 @@ def decode_kernel(
         if split == 0:
             store_zeros(output, GROUP, VALUE_DIM, BLOCK_G, BLOCK_V)
     elif split < parts:
-        group, column = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
-        token = begin + tl.arange(0, TILE)
-        page = tl.load(table + token // PAGE, mask=token < end, other=0)
-        angle = tl.zeros((1, 1), tl.int64) + row * angle_row
-        queries = rotated(
-            query + row * query_row + ((head + group) * query_head)[:, None],
-            column[None, :],
-            (group < GROUP)[:, None] & (column < HEAD_DIM)[None, :],
-            cos,
-            sin,
-            angle,
-            angle >= 0,
-            ROTARY,
-            INTERLEAVED,
-        )
-        new_key, new_value = _new_token(
+        top, total, mixed = _attend_part(
+            query + row * query_row + head * query_head,
             key + row * key_row + kv_head * key_head,
             value + row * value_row + kv_head * value_head,
-            key_cache, value_cache, table, length, cos, sin, angle, split == 0,
-            key_page, key_token, value_page, value_token,
-            PAGE, ROTARY, INTERLEAVED, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V,
+            key_cache, value_cache, table, cos, sin, length, split, begin, end,
+            query_head, row * angle_row, key_page, key_token, value_page, value_token, scale,
+            GROUP, PAGE, SOFTCAP, ROTARY, INTERLEAVED, HEAD_DIM, VALUE_DIM,
+            BLOCK_G, BLOCK_D, BLOCK_V, TILE, STAGES, PDL,
         )  # fmt: skip
-        if BLOCK_G == 1:
-            top, total, mixed = _by_products(
-                queries, key_cache, value_cache, table, page, begin, end,
-                key_page, key_token, value_page, value_token, scale,
-                SOFTCAP, PAGE, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, TILE, STAGES,
-            )  # fmt: skip
-            # Here, because the loop's first loads would wait for it.
-            score = _new_logits(queries, new_key, split, scale, SOFTCAP)
-            top, total, mixed = _with_new(top, total, mixed, score, new_value)
-        else:
-            score = _new_logits(queries, new_key, split, scale, SOFTCAP)
-            top, total, mixed = _by_dots(
-                queries, score, new_value, key_cache, value_cache, table, page, begin, end,
-                key_page, key_token, value_page, value_token, scale,
-                SOFTCAP, PAGE, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, TILE, STAGES,
-            )  # fmt: skip
-            start_next(PDL)
         if parts == 1:
             finish(top, total, mixed, sinks, output, head, GROUP, VALUE_DIM, BLOCK_G, BLOCK_V)
         elif leave_part(

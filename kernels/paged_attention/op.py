@@ -34,6 +34,9 @@ Raises:
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -42,7 +45,7 @@ from fxgraft.kernels.accelerate import on_cuda
 from fxgraft.kernels.attention.mask import check_rules
 from fxgraft.kernels.define import define
 from fxgraft.kernels.paged_attention import cost, reference
-from fxgraft.kernels.paged_attention.general import paged_attention as _general
+from fxgraft.kernels.paged_attention.general import paged_attention as general
 from fxgraft.kernels.spec import OpSpec
 
 
@@ -100,102 +103,35 @@ def _fake(
     value_cache: Tensor,
     table: Tensor,
     past: Tensor,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-    sinks: Tensor | None = None,
-    *,
-    scale: float,
+    *angles: Tensor | None,
     window: int | None = None,
-    softcap: float = 0.0,
-    interleaved: bool = False,
-    longest_past: int = -1,
+    **_: Any,
 ) -> Tensor:
     _check_dtypes(query, (key, value, key_cache, value_cache), table, past)
     check_rules(True, window, None)
     return reference.empty_output(query, value)
 
 
-def _paged_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    table: Tensor,
-    past: Tensor,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-    sinks: Tensor | None = None,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float = 0.0,
-    interleaved: bool = False,
-    longest_past: int = -1,
-) -> Tensor:
-    _check_dtypes(query, (key, value, key_cache, value_cache), table, past)
-    _check_shapes(query, key, value, key_cache, value_cache, table, past)
-    check_rules(True, window, None)
-    return _general(
-        query,
-        key,
-        value,
-        key_cache,
-        value_cache,
-        table,
-        past,
-        cos,
-        sin,
-        sinks,
-        scale=scale,
-        window=window,
-        softcap=softcap,
-        interleaved=interleaved,
-        longest_past=longest_past,
-    )
+def _checked(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """An implementation that refuses wrong arguments first."""
+
+    def call(*tensors: Any, window: int | None = None, **options: Any) -> Tensor:
+        query, key, value, key_cache, value_cache, table, past = tensors[:7]
+        _check_dtypes(query, (key, value, key_cache, value_cache), table, past)
+        _check_shapes(query, key, value, key_cache, value_cache, table, past)
+        check_rules(True, window, None)
+        return attend(*tensors, window=window, **options)
+
+    return call
 
 
-def _cuda(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    table: Tensor,
-    past: Tensor,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-    sinks: Tensor | None = None,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float = 0.0,
-    interleaved: bool = False,
-    longest_past: int = -1,
-) -> Tensor:
+def _by_kernels(*tensors: Any, **options: Any) -> Tensor:
     from fxgraft.kernels.paged_attention import triton
 
-    _check_dtypes(query, (key, value, key_cache, value_cache), table, past)
-    _check_shapes(query, key, value, key_cache, value_cache, table, past)
-    check_rules(True, window, None)
-    attend = triton.paged_attention if triton.supports(query, key, value, cos) else _general
-    return attend(
-        query,
-        key,
-        value,
-        key_cache,
-        value_cache,
-        table,
-        past,
-        cos,
-        sin,
-        sinks,
-        scale=scale,
-        window=window,
-        softcap=softcap,
-        interleaved=interleaved,
-        longest_past=longest_past,
-    )
+    query, key, value = tensors[:3]
+    cos = tensors[7] if len(tensors) > 7 else options.get("cos")
+    attend = triton.paged_attention if triton.supports(query, key, value, cos) else general
+    return attend(*tensors, **options)
 
 
 SPEC = define(
@@ -210,6 +146,6 @@ SPEC = define(
     "float scale, int? window=None, float softcap=0.0, bool interleaved=False, "
     "int longest_past=-1) -> Tensor",
     _fake,
-    _paged_attention,
+    _checked(general),
 )
-on_cuda(SPEC, _cuda, _paged_attention)
+on_cuda(SPEC, _checked(_by_kernels), _checked(general))

@@ -29,48 +29,14 @@ def _write(
 
 @triton.jit
 def write_kernel(
-    query,
-    key,
-    value,
-    key_cache,
-    value_cache,
-    table,
-    past,
-    cos,
-    sin,
-    rotated_query,
-    rotated_key,
-    query_row,
-    query_head,
-    query_token,
-    key_row,
-    key_head,
-    key_token,
-    value_row,
-    value_head,
-    value_token,
-    key_page,
-    key_cache_head,
-    key_entry,
-    value_page,
-    value_cache_head,
-    value_entry,
-    table_row,
-    angle_row,
-    angle_token,
-    tokens,
-    heads,
-    kv_heads,
-    PAGE: tl.constexpr,
-    ROTARY: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    query, key, value, key_cache, value_cache, table, past, cos, sin, rotated_query, rotated_key,
+    query_row, query_head, query_token, key_row, key_head, key_token, value_row, value_head,
+    value_token, key_page, key_cache_head, key_entry, value_page, value_cache_head, value_entry,
+    table_row, angle_row, angle_token, tokens, heads, kv_heads,
+    PAGE: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr,
     PDL: tl.constexpr,
-):
+):  # fmt: skip
     """Rotate queries and keys, and write keys and values to the caches.
 
     Grid (blocks of tokens, kv heads twice and, if queries rotate, query heads, rows): a program
@@ -104,16 +70,9 @@ def write_kernel(
         head = which - kv_heads
         start = key + row * key_row + head * key_head + token.to(tl.int64) * key_token
         keys = rotated(
-            start[:, None],
-            column[None, :],
-            mask,
-            cos,
-            sin,
-            angle,
-            is_new[:, None],
-            ROTARY,
-            INTERLEAVED,
-        )
+            start[:, None], column[None, :], mask, cos, sin, angle, is_new[:, None],
+            ROTARY, INTERLEAVED,
+        )  # fmt: skip
         _write(
             keys, key_cache + head * key_cache_head, table, token, length, writes,
             key_page, key_entry, HEAD_DIM, BLOCK_D, PAGE,
@@ -134,32 +93,12 @@ def write_kernel(
 
 @triton.jit
 def _attend(
-    top,
-    total,
-    mixed,
-    query,
-    position,
-    key_cache,
-    value_cache,
-    table,
-    begin,
-    end,
-    key_page,
-    key_entry,
-    value_page,
-    value_entry,
-    scale,
-    MASKED: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    PAGE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    TILE: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    top, total, mixed, query, position, key_cache, value_cache, table, begin, end, key_page,
+    key_entry, value_page, value_entry, scale,
+    MASKED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PAGE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    TILE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """Continue the online softmax of queries at ``position`` [M] over the tokens begin..end.
 
     Without MASKED every query sees all of them, and they are whole tiles.
@@ -194,38 +133,13 @@ def _attend(
 
 @triton.jit
 def prefill_kernel(
-    query,
-    key_cache,
-    value_cache,
-    table,
-    past,
-    sinks,
-    output,
-    query_row,
-    query_head,
-    query_token,
-    key_page,
-    key_cache_head,
-    key_entry,
-    value_page,
-    value_cache_head,
-    value_entry,
-    table_row,
-    tokens,
-    scale,
-    GROUP: tl.constexpr,
-    PAGE: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    TILE: tl.constexpr,
-    STAGES: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    query, key_cache, value_cache, table, past, sinks, output, query_row, query_head, query_token,
+    key_page, key_cache_head, key_entry, value_page, value_cache_head, value_entry, table_row,
+    tokens, scale,
+    GROUP: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """BLOCK_M rotated queries of one head and row over caches that hold the new tokens too.
 
     Grid (blocks of queries, heads, rows); the blocks with most keys come first. Source: Dao,

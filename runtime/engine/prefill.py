@@ -81,8 +81,6 @@ class Prefill:
         done = list(self._logits.items())
         for request, _ in done:
             self.remove(request)
-            if self.options.prefix_reuse:
-                self.keep_prefix(request)
         return done
 
     def keep_prefix(self, request: Request) -> None:
@@ -121,6 +119,8 @@ class Prefill:
             )
         )
         request.past = end
+        # Before blocks outside a window are let go.
+        self.keep_prefix(request)
         self.memory.trim(holding, end)
         self._snapshot(request)
         if end == len(request.known):
@@ -140,11 +140,9 @@ class Prefill:
         assert holding is not None
         if not (self.memory.has_slots and self.options.prefix_reuse) or request.past % size:
             return
-        keys = block_keys(holding.seed, request.known[: request.past], size, holding.keys)
-        slot = self.memory.snapshot(keys[-1])
+        slot = self.memory.snapshot(holding.keys[-1])
         if slot is not None:
             self._copy_slot(holding.slot, slot)
-        self.memory.keep(holding, keys)
 
     def _copy_slot(self, source: int, target: int) -> None:
         for pool in self.model.slot_pools:

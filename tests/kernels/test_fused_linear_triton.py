@@ -112,7 +112,7 @@ def test_the_rules_configuration(rows: int) -> None:
         check(rows, 64, 256, rule(dtype, 64, 256, rows), dtype, parts=("residual",), eps=1e-6)
 
 
-def test_many_rows_are_normalised_before() -> None:
+def test_rows_on_the_tensor_cores_are_normalised_before() -> None:
     check(40, 32, 64, MATRIX, torch.bfloat16, parts=("norm_weight",), eps=1e-6)
     check(2, 32, 64, MATRIX, torch.float16, parts=("norm_weight",), eps=1e-6)
 
@@ -131,7 +131,7 @@ def test_counters_are_left_at_zero() -> None:
 
 def test_which_inputs_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     def chosen(x: Tensor, weight: Tensor) -> Config | None:
-        return kernels.config_for(x, weight, normalises=False)
+        return kernels.config_for(x, weight)
 
     monkeypatch.setenv("FXGRAFT_CACHE", "/nonexistent")
     weight = torch.empty(8, 16, device=DEVICE)

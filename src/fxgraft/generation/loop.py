@@ -59,7 +59,8 @@ def generate(
     on_token: Callback | None = None,
     return_dict: Literal[False] = False,
     **options: Unpack[SamplingKeywords],
-) -> Tensor: ...
+) -> Tensor:
+    """Prompts and answers, int64 [B, S + new]."""
 
 
 @overload
@@ -73,7 +74,8 @@ def generate(
     on_token: Callback | None = None,
     return_dict: Literal[True],
     **options: Unpack[SamplingKeywords],
-) -> GenerationOutput: ...
+) -> GenerationOutput:
+    """The same with lengths and reasons."""
 
 
 def generate(
