@@ -6,12 +6,14 @@ dynamic cache and with a static cache and ``torch.compile`` in the same run. Eve
 process of its own.
 
     python benchmarks/engine_gpu.py
+    python benchmarks/engine_gpu.py --plot     # draw the result again
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -37,7 +39,11 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--path", choices=PATHS, help="run one path here and print its figures")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the result")
+    parser.add_argument("--plot", action="store_true", help="draw the result that is in --out")
     arguments = parser.parse_args()
+    if arguments.plot:
+        plot(arguments.out)
+        return
     if arguments.path:
         print(json.dumps(RUN[arguments.path]()))
         return
@@ -54,6 +60,7 @@ def main() -> None:
         print(f"{path}, {time.perf_counter() - begun:.0f} s: {json.dumps(found[path])}", flush=True)
         if "ours" in found:
             write(found, arguments.out)
+    plot(arguments.out)
 
 
 def device_copy() -> Figures:
@@ -383,6 +390,38 @@ def write(found: dict[str, Figures], folder: Path) -> None:
         bound = ("weights and state read once", floor)
         rows.append(row(metric, point["ms"], "ms", bound=bound))
     write_results("engine_gpu", "engine", rows, folder)
+
+
+def plot(folder: Path) -> None:
+    """Latency and tokens per second of a step against batch and context, with the floor."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    rows: dict[int, list[tuple[int, float, float]]] = {}
+    for one in json.loads((folder / "engine_gpu.json").read_text())["rows"]:
+        found = re.fullmatch(r"step of (\d+) streams at context (\d+)", one["metric"])
+        if found:
+            point = (int(found[1]), one["value"], one["bound"]["value"])
+            rows.setdefault(int(found[2]), []).append(point)
+    figure, (latency, rate) = pyplot.subplots(1, 2, figsize=(11, 4.5))
+    for context, points in sorted(rows.items()):
+        batches = [batch for batch, _, _ in points]
+        [line] = latency.plot(batches, [ms for _, ms, _ in points], "o-", label=f"{context} tokens")
+        colour = line.get_color()
+        latency.plot(batches, [floor for _, _, floor in points], "--", color=colour)
+        rate.plot(batches, [b / ms * 1e3 for b, ms, _ in points], "o-", color=colour)
+        rate.plot(batches, [b / floor * 1e3 for b, _, floor in points], "--", color=colour)
+    for axes, name in ((latency, "milliseconds per step"), (rate, "tokens per second")):
+        axes.set(xscale="log", yscale="log", xlabel="streams", ylabel=name)
+        axes.set_xticks(SWEEP_BATCHES, [str(batch) for batch in SWEEP_BATCHES])
+        axes.grid(alpha=0.3)
+    latency.legend(title="context of each stream")
+    figure.suptitle("Decode step, Llama-2-7B shape, bf16; dashed: weights and state read once")
+    figure.tight_layout()
+    figure.savefig(folder / "engine_gpu.svg", metadata={"Date": None})
+    pyplot.close(figure)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,32 @@ def _prefetch_tokens(
 
 
 @triton.jit
+def _prefetch_part(
+    key_cache, value_cache, table, past, split, pages, blocks,
+    key_page, key_token, value_page, value_token,
+    WINDOW: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr, LONGEST: tl.constexpr,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    PAGE: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Bring the beginning of a split's part into L2.
+
+    Length and table may still be about to be written: any length that fits and any block will do.
+    """
+    guess = tl.load(past, cache_modifier=".cg")
+    guess = tl.minimum(tl.maximum(guess, 0), pages * PAGE)
+    begin, end, _ = part_of(guess, split, WINDOW, SPLITS, LEAST, LONGEST)
+    if begin < end:
+        _prefetch_tokens(
+            key_cache, table, begin, end, key_page, key_token, blocks,
+            HEAD_DIM, BLOCK_D, PAGE, PREFETCH, PDL,
+        )  # fmt: skip
+        _prefetch_tokens(
+            value_cache, table, begin, end, value_page, value_token, blocks,
+            VALUE_DIM, BLOCK_V, PAGE, PREFETCH, PDL,
+        )  # fmt: skip
+
+
+@triton.jit
 def _new_token(
     key, value, key_cache, value_cache, table, length, cos, sin, angle, is_mine, key_page,
     key_token, value_page, value_token,
@@ -270,19 +296,11 @@ def decode_kernel(
     value_cache += kv_head * value_cache_head
     output += pair * GROUP * VALUE_DIM
     if PDL and PREFETCH > 0:
-        # Both may still be about to be written: any length that fits and any block will do.
-        guess = tl.load(past + row, cache_modifier=".cg")
-        guess = tl.minimum(tl.maximum(guess, 0), pages * PAGE)
-        begin, end, parts = part_of(guess, split, WINDOW, SPLITS, LEAST, LONGEST)
-        if begin < end:
-            _prefetch_tokens(
-                key_cache, table, begin, end, key_page, key_token, blocks,
-                HEAD_DIM, BLOCK_D, PAGE, PREFETCH, PDL,
-            )  # fmt: skip
-            _prefetch_tokens(
-                value_cache, table, begin, end, value_page, value_token, blocks,
-                VALUE_DIM, BLOCK_V, PAGE, PREFETCH, PDL,
-            )  # fmt: skip
+        _prefetch_part(
+            key_cache, value_cache, table, past + row, split, pages, blocks,
+            key_page, key_token, value_page, value_token, WINDOW, SPLITS, LEAST, LONGEST,
+            HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, PAGE, PREFETCH, PDL,
+        )  # fmt: skip
     if BLOCK_G == 1:
         start_next(PDL)
     only_wait_for_inputs(PDL)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -31,25 +33,19 @@ def paged_attention(
     One step of all rows is one call of the op ``attention`` on gathered blocks, and so are new
     tokens without a past. Other new tokens take a call for each row.
     """
-    query, key = reference.rotate(query, key, cos, sin, interleaved)
+    query, key = _rotate(query, key, cos, sin, interleaved)
     rules = {"scale": scale, "window": window, "softcap": softcap}
     lengths = reference.lengths(past)
+    longest = max(lengths, default=-1)
+    if query.shape[2] == 1 and longest > 0:
+        caches = ((key, key_cache), (value, value_cache))
+        output = _step(query, caches, table, past, lengths, sinks, rules)
+        return _without_inactive(output, lengths)
     output = reference.empty_output(query, value)
     reference.write(key, key_cache, table, past)
     reference.write(value, value_cache, table, past)
-    longest = max(lengths, default=-1)
     if longest <= 0:
         output.copy_(torch.ops.fxgraft.attention(query, key, value, sinks=sinks, **rules))
-        return _without_inactive(output, lengths)
-    if query.shape[2] == 1:
-        mask, first = _visible(past, longest, window)
-        keys, values = (
-            _gather(cache, table, mask, first, longest + 1) for cache in (key_cache, value_cache)
-        )
-        rules |= {"window": None, "is_causal": False}
-        if bool(mask.all()):
-            mask = None
-        output.copy_(torch.ops.fxgraft.attention(query, keys, values, mask, sinks=sinks, **rules))
         return _without_inactive(output, lengths)
     for row, length in enumerate(lengths):
         if length < 0:
@@ -65,6 +61,18 @@ def paged_attention(
     return _without_inactive(output, lengths)
 
 
+def _rotate(
+    query: Tensor, key: Tensor, cos: Tensor | None, sin: Tensor | None, interleaved: bool
+) -> tuple[Tensor, Tensor]:
+    """Query and key with rotary position embedding, if there are angles, in one call."""
+    if cos is None:
+        return query, key
+    both = torch.cat((query, key), 1)
+    both = torch.ops.fxgraft.rotary(both, cos, sin, interleaved=interleaved)
+    heads = query.shape[1]
+    return both[:, :heads], both[:, heads:]
+
+
 def _without_inactive(output: Tensor, lengths: list[int]) -> Tensor:
     for row, length in enumerate(lengths):
         if length < 0:
@@ -72,31 +80,66 @@ def _without_inactive(output: Tensor, lengths: list[int]) -> Tensor:
     return output
 
 
-def _visible(past: Tensor, longest: int, window: int | None) -> tuple[Tensor, int]:
-    """Which tokens a step's queries see, bool [B, longest + 1 - first], and the first column."""
-    columns = torch.arange(longest + 1, device=past.device)
-    mask = columns <= past[:, None]
-    if window is None:
-        return mask, 0
-    mask &= columns > past[:, None] - window
-    first = int(mask.any(0).nonzero()[0])
-    return mask[:, first:], first
+def _step(
+    query: Tensor,
+    caches: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]],
+    table: Tensor,
+    past: Tensor,
+    lengths: list[int],
+    sinks: Tensor | None,
+    rules: dict[str, Any],
+) -> Tensor:
+    """One token per row.
 
-
-def _gather(cache: Tensor, table: Tensor, mask: Tensor, first: int, end: int) -> Tensor:
-    """Entries [B, H, end - first, D] of each row, 0 where ``mask`` hides them.
-
-    Hidden entries may be anything, also NaN, and so may the blocks that a table names for them.
+    Args:
+        query: [B, Hq, 1, D], rotated.
+        caches: the new entries [B, Hkv, 1, D] of keys and of values, each with its cache.
+        table: as in the op.
+        past: as in the op.
+        lengths: ``past`` as numbers.
+        sinks: as in the op.
+        rules: scale, window and softcap.
     """
-    size = cache.shape[2]
-    begin = first // size
-    blocks = table[:, begin : -(-end // size)].long()
-    if not bool(mask.all()):
-        inside = torch.nn.functional.pad(
-            mask, (first - begin * size, blocks.shape[1] * size - (end - begin * size))
-        )
-        blocks = blocks * inside.view(*blocks.shape, size).any(-1)
-    pages = cache[blocks].transpose(1, 2)
-    tokens = pages.reshape(*pages.shape[:2], -1, pages.shape[-1])
-    tokens = tokens[:, :, first - begin * size : end - begin * size]
-    return tokens if bool(mask.all()) else tokens.masked_fill(~mask[:, None, :, None], 0)
+    size, window = caches[0][1].shape[2], rules["window"]
+    active = [row for row, length in enumerate(lengths) if length >= 0]
+    chosen = slice(None) if len(active) == len(lengths) else active
+    places = past[chosen].long()
+    blocks = table[chosen].gather(1, (places // size)[:, None])[:, 0].long()
+    for new, cache in caches:
+        cache[blocks, :, places % size] = new[chosen, :, 0]
+    # The pages from the first that any row sees, and which of their tokens each row sees.
+    shortest, longest = min(lengths[row] for row in active), max(lengths)
+    begin = 0 if window is None else max(0, shortest + 1 - window) // size
+    end = longest // size + 1
+    mask = None
+    pages = table[:, begin:end].long()
+    if len(active) < len(lengths) or shortest < longest or window is not None:
+        tokens = torch.arange(begin * size, longest + 1, device=past.device)
+        mask = tokens <= past[:, None]
+        if window is not None:
+            mask &= tokens > past[:, None] - window
+        first = torch.arange(begin * size, end * size, size, device=past.device)
+        seen = first <= past[:, None]
+        if window is not None:
+            seen &= first + size > past[:, None] + 1 - window
+        pages = pages * seen
+    count = longest + 1 - begin * size
+    keys, values = (_gather(cache, pages, mask, count) for _, cache in caches)
+    output = torch.ops.fxgraft.attention(
+        query, keys, values, mask, sinks=sinks, scale=rules["scale"], softcap=rules["softcap"],
+        is_causal=False,
+    )  # fmt: skip
+    return output.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _gather(cache: Tensor, pages: Tensor, mask: Tensor | None, count: int) -> Tensor:
+    """The first ``count`` tokens of pages [B, P], as [B, H, count, D]; 0 where they are hidden.
+
+    Hidden entries may be anything, also NaN.
+    """
+    heads, dim = cache.shape[1], cache.shape[3]
+    entries = cache.flatten(0, 1).flatten(1)
+    index = pages[:, None] * heads + torch.arange(heads, device=cache.device)[:, None]
+    found = entries.index_select(0, index.flatten())
+    found = found.view(len(pages), heads, -1, dim)[:, :, :count]
+    return found if mask is None else found.masked_fill_(~mask[:, None, :, None], 0)

@@ -1,14 +1,17 @@
-"""Doubles for generation: a tiny Llama as a step model, and two tiny tokenizers."""
+"""For tests of generation: a tiny Llama as a step model, two tiny tokenizers, prompts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, cast
 
+import torch
+from hypothesis import settings
 from torch import Tensor, nn
 
+from fxgraft.generation import generate
 from tests import models
 
 CONTEXT_LENGTH = 64
@@ -135,3 +138,36 @@ def byte_fallback_tokenizer() -> Any:
     return cast(Any, PreTrainedTokenizerFast)(
         tokenizer_object=tokenizer, eos_token="</s>", bos_token="<s>", unk_token="<unk>"
     )
+
+
+PROMPTS = [[5, 17, 93, 20, 41, 7, 77], [30], [12, 99, 12, 12]]
+PAD = 1
+quick = settings(max_examples=60, deadline=None)
+
+
+def padded(prompts: Sequence[Sequence[int]] = PROMPTS) -> dict[str, Any]:
+    width = max(len(prompt) for prompt in prompts)
+    return {
+        "input_ids": torch.tensor([[PAD] * (width - len(p)) + list(p) for p in prompts]),
+        "attention_mask": torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts]),
+    }
+
+
+def steps(**fields: Any) -> LlamaSteps:
+    return LlamaSteps(tiny_llama(), **fields)
+
+
+def run(model: LlamaSteps, *prompt: Any, **options: Any) -> Tensor:
+    """``generate`` with options from a dictionary."""
+    return generate(model, *prompt, return_dict=False, **options)
+
+
+def reference(**arguments: Any) -> Tensor:
+    """What transformers generates."""
+    return cast(Any, tiny_llama()).generate(**arguments)
+
+
+def new_tokens(prompt: Sequence[int], count: int) -> list[int]:
+    """Greedy continuation without any end."""
+    ids = generate(steps(), [prompt], max_new_tokens=count)
+    return cast(Any, ids[0, len(prompt) :]).tolist()
