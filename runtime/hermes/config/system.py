@@ -44,7 +44,7 @@ class System(Section):
         logs: that are kept whole; the report needs none but ``requests``.
 
     Example:
-        >>> result = System.read("examples/hermes.yaml").simulate()
+        >>> result = System.read("examples/systems/conversation.yaml").simulate()
         >>> print(result)
     """
 

@@ -11,7 +11,7 @@ from fxgraft.errors import InputError
 from fxgraft.runtime.hermes.config.system import System
 from tests.runtime.hermes._systems import by_request
 
-EXAMPLE = Path(__file__).parents[3] / "examples" / "hermes.yaml"
+EXAMPLE = Path(__file__).parents[3] / "examples" / "systems" / "conversation.yaml"
 
 
 def test_the_example_equals_its_single_steps() -> None:
@@ -26,5 +26,5 @@ def test_the_example_equals_its_single_steps() -> None:
 
 
 def test_a_wrong_key_is_named_with_its_line() -> None:
-    with pytest.raises(InputError, match=r"hermes.yaml.*workloads.0.arrivals.*pace"):
+    with pytest.raises(InputError, match=r"conversation.yaml.*workloads.0.arrivals.*pace"):
         System.read(EXAMPLE, {"workloads.0.arrivals": {"kind": "poisson", "pace": 3.0}})
