@@ -219,8 +219,9 @@ def test_generation_without_state_says_why() -> None:
 
 @pytest.fixture
 def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inductor takes long; without a C++ compiler it cannot be used."""
+    """Inductor takes long; without a C++ compiler it cannot be used. Nor is there a GPU."""
     monkeypatch.setattr(torch_backend, "inductor_problem", lambda: "no C++ compiler")
+    monkeypatch.setattr(type(find_backend("triton")), "available", lambda _: "no GPU")
 
 
 @pytest.mark.usefixtures("no_compiler")
@@ -268,6 +269,39 @@ def test_auto_refuses_a_backend_that_disagrees(
     assert problems["torch"] == ""
     assert "differ from eager torch's" in problems["onnx"]
     assert compiled.program is program
+
+
+class StandIn(fxgraft.Backend):
+    """Takes the place of Triton on a machine without a GPU."""
+
+    name = "triton"
+
+    def available(self) -> str | None:
+        return None
+
+    def lower(self, program: fxgraft.Program, **options: Any) -> fxgraft.Compiled:
+        return find_backend("torch").lower(program)
+
+
+def test_auto_tries_triton_where_there_is_a_gpu(
+    program: fxgraft.Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def find(name: str) -> fxgraft.Backend:
+        return StandIn() if name == "triton" else find_backend(name)
+
+    monkeypatch.setattr(auto, "find_backend", find)
+    trials = cast("list[auto.Trial]", fxgraft.compile(program).trials)
+    assert [(trial.backend, trial.problem) for trial in trials] == [("torch", ""), ("triton", "")]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_auto_picks_triton_on_a_gpu(
+    program: fxgraft.Program, input_ids: Tensor, tokens: Tensor
+) -> None:
+    compiled = fxgraft.compile(program, ["optimize"])
+    assert compiled.backend == "triton"
+    assert torch.equal(compiled.generate(input_ids, max_new_tokens=5), tokens)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +20,11 @@ from fxgraft.stepping import tolerance
 _PROMPT, _TOKENS = 16, 24
 # Candidates may add up in another order than eager torch, over all layers.
 _ALLOWED = 10.0
-_CANDIDATES: tuple[tuple[str, dict[str, Any]], ...] = (
+_ON_CPU: tuple[tuple[str, dict[str, Any]], ...] = (
     ("onnx", {}),
     ("torch", {"mode": "inductor"}),
 )
+_ON_GPU: tuple[tuple[str, dict[str, Any]], ...] = (("triton", {}),)
 
 
 @dataclass(frozen=True)
@@ -46,13 +48,14 @@ def lower(program: Program) -> Compiled:
     """Lower with the fastest verified backend; ``compiled.trials`` tells what was tried.
 
     A candidate is refused when it is missing, cannot lower the Program, or gives other logits than
-    eager torch while it takes in the same tokens. Programs that are no language models, or whose
-    weights are on the meta device or a GPU, are lowered by torch. So are shares of a model, whose
+    eager torch while it takes in the same tokens. Where there is a CUDA device, that is Triton,
+    which moves the Program there; else onnx and Inductor. Programs that are no language models, or
+    whose weights are on another device, are lowered by torch. So are shares of a model, whose
     processes might else choose differently.
     """
     reference = find_backend("torch").lower(program)
-    is_share = share_of(program) is not None
-    if is_share or program.device.type != "cpu" or "logits" not in program.outputs:
+    candidates = _candidates(program)
+    if share_of(program) is not None or not candidates or "logits" not in program.outputs:
         return reference
     try:
         prompt = program.example(seed=3, batch=1, sequence=_PROMPT)["input_ids"]
@@ -61,13 +64,21 @@ def lower(program: Program) -> Compiled:
         return reference
     best, fastest = reference, wanted.milliseconds
     trials = [Trial("torch", {"mode": "eager"}, wanted.milliseconds)]
-    for name, chosen in _CANDIDATES:
+    for name, chosen in candidates:
         compiled, trial = _try(program, name, chosen, prompt, wanted)
         trials.append(trial)
         if compiled is not None and trial.milliseconds is not None and trial.milliseconds < fastest:
             best, fastest = compiled, trial.milliseconds
     best.trials = trials
     return best
+
+
+def _candidates(program: Program) -> Sequence[tuple[str, dict[str, Any]]]:
+    """Backends to try, with their options, beside eager torch."""
+    kind = program.device.type
+    if kind in ("cpu", "cuda") and find_backend("triton").available() is None:
+        return _ON_GPU
+    return _ON_CPU if kind == "cpu" else ()
 
 
 @dataclass(frozen=True)
@@ -104,9 +115,9 @@ def _try(
 
 def _decode(compiled: Compiled, prompt: torch.Tensor, tokens: list[int] | None = None) -> _Decoded:
     """Take in the prompt, then ``tokens`` one by one, or greedy ones if there are none given."""
-    model = compiled.step_model
-    mask = torch.ones(1, _PROMPT + _TOKENS, dtype=torch.int64)
-    positions = torch.arange(_PROMPT + _TOKENS).unsqueeze(0)
+    model, device = compiled.step_model, prompt.device
+    mask = torch.ones(1, _PROMPT + _TOKENS, dtype=torch.int64, device=device)
+    positions = torch.arange(_PROMPT + _TOKENS, device=device).unsqueeze(0)
     logits: list[torch.Tensor] = []
     fed: list[int] = []
     times: list[float] = []
@@ -116,9 +127,11 @@ def _decode(compiled: Compiled, prompt: torch.Tensor, tokens: list[int] | None =
             end = _PROMPT + index
             begin = time.perf_counter()
             last, state = model.step(new, mask[:, :end], positions[:, start:end], state)
+            # Copied from a GPU, so that its work is waited for.
+            last = last[0].cpu()
             times.append(time.perf_counter() - begin)
-            logits.append(last[0].clone())
-            fed.append(tokens[index] if tokens else int(last[0].argmax()))
-            new, start = torch.tensor([[fed[-1]]]), end
+            logits.append(last.clone())
+            fed.append(tokens[index] if tokens else int(last.argmax()))
+            new, start = torch.tensor([[fed[-1]]], device=device), end
     # The first step is the prefill, and the second one compiles.
     return _Decoded(torch.stack(logits), fed, statistics.median(times[2:]) * 1e3)
