@@ -117,7 +117,7 @@ def test_the_page_of_results_is_up_to_date() -> None:
     found = results.read_all(folder)
     if not found and not page.exists():
         pytest.skip("no benchmark has run yet")
-    expected = results.page(found)
+    expected = results.page(found, folder, page)
     advice = "run: fxgraft bench --page docs/results.md"
     assert page.is_file(), advice
     assert page.read_text(encoding="utf-8") == expected, advice

@@ -175,8 +175,20 @@ def read_all(folder: Path) -> list[Result]:
     return results
 
 
-def page(results: Sequence[Result]) -> str:
-    """The results as a Markdown page."""
+def pictures(folder: Path, name: str) -> list[Path]:
+    """Pictures that belong to a result: ``<name>.svg`` beside it, or those in ``<name>/``."""
+    found = [*folder.glob(f"{name}.*"), *folder.glob(f"{name}/*")]
+    return sorted(path for path in found if path.suffix in (".svg", ".png"))
+
+
+def page(results: Sequence[Result], folder: Path, place: Path) -> str:
+    """The results as a Markdown page.
+
+    Args:
+        results: as ``read_all`` gives them.
+        folder: where they and their pictures lie.
+        place: the file that the page will be.
+    """
     lines = [
         "# Results",
         "",
@@ -193,6 +205,9 @@ def page(results: Sequence[Result]) -> str:
         ]
         lines += [_page_row(entry) for entry in result.rows]
         lines += [f"\n{note}" for note in result.notes]
+        for picture in pictures(folder, result.name):
+            link = Path(os.path.relpath(picture, place.parent)).as_posix()
+            lines += ["", f"![{picture.stem.replace('_', ' ')}]({link})"]
     return "\n".join(lines) + "\n"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -316,9 +317,12 @@ def test_bench_prints_all_results(
 
 
 def test_bench_writes_the_page(benchmarks: Path, tmp_path: Path) -> None:
-    page = tmp_path / "results.md"
+    page, folder = tmp_path / "results.md", benchmarks / "results"
+    (folder / "decode.svg").write_text("<svg/>")
     assert command("bench", "--folder", benchmarks, "--page", page) == 0
-    assert page.read_text() == results.page(results.read_all(benchmarks / "results"))
+    assert page.read_text() == results.page(results.read_all(folder), folder, page)
+    ((picture, name),) = re.findall(r"!\[(.*)\]\((.*)\)", page.read_text())
+    assert (picture, (tmp_path / name).resolve()) == ("decode", folder.resolve() / "decode.svg")
     assert "| memory | 9 GiB | ≤ 8 | **no** |  | floor: 7 |" in page.read_text()
 
 

@@ -31,7 +31,7 @@ def bench(
         _run(folder, name)
     found = results.read_all(folder / "results")
     if page is not None:
-        page.write_text(results.page(found))
+        page.write_text(results.page(found, folder / "results", page))
         messages.print(f"wrote {page}", highlight=False)
     if as_json:
         print_json([result.model_dump(exclude_none=True) for result in found])
