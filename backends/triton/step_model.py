@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fxgraft.generation.prompts import integers
+from fxgraft.generation.unread import UnreadTokens
 from fxgraft.paged_model import PagedModel, Rows, RunPages
 from fxgraft.paging import PagedProgram
 from fxgraft.stepping import ProgramFacts
@@ -49,8 +50,9 @@ class PagedStepModel(ProgramFacts):
         self._row_count = self._capacity = 0
         self._model: PagedModel | None = None
         self._tables: list[Tensor] = []
+        self._tokens = torch.zeros(0, dtype=torch.int64, device=self._device)
         self._steps: dict[int, Callable[[], Tensor]] = {}
-        # The state whose rows and pasts the device holds, but for the last step's token.
+        # The state whose rows and pasts the device holds.
         self._sent: RowState | None = None
 
     def empty_state(self, batch: int) -> RowState:
@@ -78,6 +80,14 @@ class PagedStepModel(ProgramFacts):
         after = RowState(state.rows, past)
         self._sent = after if new == 1 else None
         return logits.to(input_ids.device), after
+
+    @torch.no_grad()
+    def step_greedy(self, tokens: Tensor | None, state: RowState) -> tuple[UnreadTokens, RowState]:
+        """Take in one token per row without waiting; see ``GreedyStepModel.step_greedy``."""
+        self._reserve(self._row_count, max(state.past) + 1)
+        self._decode(None if tokens is None else tokens.to(self._device), state)
+        self._sent = RowState(state.rows, [past + 1 for past in state.past])
+        return UnreadTokens.of(self._chosen[: len(state.rows)]), self._sent
 
     def select(self, state: RowState, rows: Tensor) -> RowState:
         """State of only these rows; nothing moves."""
@@ -107,7 +117,10 @@ class PagedStepModel(ProgramFacts):
 
     def _allocate_inputs(self) -> None:
         count = self._row_count
+        old = self._tokens
         self._tokens = torch.zeros(count, dtype=torch.int64, device=self._device)
+        self._tokens[: len(old)] = old
+        self._chosen = torch.zeros_like(self._tokens)
         self._past = torch.zeros(count, dtype=torch.int32, device=self._device)
         self._slots = torch.zeros(count, dtype=torch.int64, device=self._device)
         self._used = [torch.zeros_like(table) for table in self._tables]
@@ -117,22 +130,27 @@ class PagedStepModel(ProgramFacts):
     def _pages(self, tokens: int) -> int:
         return -(-tokens // self._paged.block_size)
 
-    def _decode(self, tokens: Tensor, state: RowState) -> Tensor:
+    def _decode(self, tokens: Tensor | None, state: RowState) -> Tensor:
+        """Logits behind tokens, or behind those that the step before chose."""
         count = len(state.rows)
-        self._tokens[:count] = tokens
-        if state is self._sent:
-            self._past[:count] += 1
-        else:
+        if tokens is not None:
+            self._tokens[:count] = tokens
+        if state is not self._sent:
             self._send(state)
         if self._paged.needs_mask:
             return self._run_rows(count, max(state.past))
         if count not in self._steps:
-            # Capturing runs the step more than once: fixed state may only advance once.
-            self._past[:count] = -1
-            self._slots[:count] = 0
-            self._steps[count] = self._capture(lambda: self._run_rows(count, None))
+            self._capture_rows(count)
             self._send(state)
         return self._steps[count]()
+
+    def _capture_rows(self, count: int) -> None:
+        """Capturing runs the step more than once: no row has a request meanwhile."""
+        kept = self._tokens.clone()
+        self._past[:count] = -1
+        self._slots[:count] = 0
+        self._steps[count] = self._capture(lambda: self._run_rows(count, None))
+        self._tokens.copy_(kept)
 
     def _send(self, state: RowState) -> None:
         """Let the rows of steps be those of a state."""
@@ -145,16 +163,15 @@ class PagedStepModel(ProgramFacts):
 
     def _run_rows(self, count: int, longest: int | None) -> Tensor:
         assert self._model is not None
-        return self._model(
-            Rows(
-                self._tokens[:count, None],
-                self._past[:count],
-                self._slots[:count],
-                [used[:, :count] for used in self._used],
-                longest,
-                {},
-            )
+        rows = Rows(
+            self._tokens[:count, None],
+            self._past[:count],
+            self._slots[:count],
+            [used[:, :count] for used in self._used],
+            longest,
+            {},
         )
+        return self._model.decode(rows, self._chosen[:count])
 
     def _prefill(self, ids: Tensor, row: int, past: int) -> Tensor:
         assert self._model is not None

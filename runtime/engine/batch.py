@@ -159,28 +159,15 @@ class Batch:
         self.tokens.copy_(tokens)
 
     def _step(self, rows: int, longest: int | None) -> Tensor:
-        past = self.past[:rows]
-        logits = self.model(
-            Rows(
-                self.tokens[:rows, None],
-                past,
-                self.slots[:rows],
-                [table[:, :rows] for table in self.tables],
-                longest,
-                {name: value[:rows] for name, value in self.inputs.items()},
-            )
+        held = Rows(
+            self.tokens[:rows, None],
+            self.past[:rows],
+            self.slots[:rows],
+            [table[:, :rows] for table in self.tables],
+            longest,
+            {name: value[:rows] for name, value in self.inputs.items()},
         )
-        chosen = likeliest(logits)
-        self.chosen[:rows] = chosen
-        self.tokens[:rows] = chosen.clamp(min=0)
-        past += past >= 0
-        return logits
-
-
-def likeliest(logits: Tensor) -> Tensor:
-    """The likeliest token of each row int64 [B]; -1 where a logit is NaN or the largest inf."""
-    best, index = logits.max(dim=-1)
-    return torch.where(best.isfinite(), index, -1)
+        return self.model.decode(held, self.chosen[:rows])
 
 
 def request_values(request: Request) -> dict[str, float]:

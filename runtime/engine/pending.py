@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fxgraft.generation.processors import History
-from fxgraft.generation.prompts import integers
-from fxgraft.generation.sampling import sample
-from fxgraft.runtime.engine.batch import Batch, likeliest
+from fxgraft.generation.sampling import likeliest, sample
+from fxgraft.generation.unread import UnreadTokens
+from fxgraft.runtime.engine.batch import Batch
 from fxgraft.runtime.engine.request import Request
 
 
@@ -23,25 +23,17 @@ class Pending:
     Attributes:
         requests: whose tokens they are.
         device_tokens: int64 [n] on the device.
-        host_tokens: the same on the host, valid once ``done`` has happened.
-        done: recorded behind the copy; None on a CPU.
+        unread: the same on their way to the host.
     """
 
     requests: Sequence[Request]
     device_tokens: Tensor
-    host_tokens: Tensor
-    done: torch.cuda.Event | None
+    unread: UnreadTokens
 
     @classmethod
     def of_step(cls, requests: Sequence[Request], tokens: Tensor) -> Self:
         """Tokens of a step; copied at once, since the next step overwrites them."""
-        if tokens.device.type == "cpu":
-            return cls(requests, tokens, tokens.clone(), None)
-        host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-        host.copy_(tokens, non_blocking=True)
-        done = torch.cuda.Event()
-        done.record()
-        return cls(requests, tokens, host, done)
+        return cls(requests, tokens, UnreadTokens.of(tokens))
 
     @classmethod
     def of_prefill(cls, request: Request, logits: Tensor) -> Self:
@@ -51,9 +43,7 @@ class Pending:
 
     def read(self) -> list[int]:
         """The tokens; waits for the device."""
-        if self.done is not None:
-            self.done.synchronize()
-        return integers(self.host_tokens)
+        return self.unread.read()
 
 
 def override_sampled(batch: Batch, logits: Tensor) -> None:

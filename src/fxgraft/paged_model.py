@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fxgraft.generation.sampling import likeliest
 from fxgraft.paging import PagedProgram
 from fxgraft.stepping import neutral
 
@@ -91,6 +92,26 @@ class PagedModel:
         inputs = [*values, rows.past, rows.slots, *rows.tables, *self._pools]
         result = self._run(inputs, fresh=rows.longest == 0)
         return result[:, -1]
+
+    @torch.no_grad()
+    def decode(self, rows: Rows, chosen: Tensor) -> Tensor:
+        """Take in one token per row, choose the likeliest next one, and get ready to go on from it.
+
+        Everything happens in place, so the call may be captured and replayed.
+
+        Args:
+            rows: ``input_ids`` get the chosen tokens, and ``past`` counts on.
+            chosen: int64 [B], gets them too, or -1 where logits are not finite.
+
+        Returns:
+            Logits [B, V].
+        """
+        logits = self(rows)
+        chosen.copy_(likeliest(logits))
+        rows.input_ids[:, 0] = chosen.clamp(min=0)
+        past = rows.past
+        past += past >= 0
+        return logits
 
     def _mask(self, rows: Rows, new: int) -> Tensor:
         batch = rows.input_ids.shape[0]

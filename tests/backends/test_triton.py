@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import fxgraft
 from fxgraft.backend import find_backend
-from fxgraft.backends.triton import TritonCompiled, TritonOptions
+from fxgraft.backends.triton import TritonCompiled, TritonOptions, step_model
 from fxgraft.backends.triton.fuse import fused
-from fxgraft.errors import InputError, LoweringError
+from fxgraft.errors import Error, InputError, LoweringError
 from fxgraft.generation.options import SamplingOptions
 from fxgraft.paging import page_state
 from fxgraft.placement import move
@@ -68,6 +68,61 @@ def test_tokens_are_those_of_the_torch_backend(build: Callable[[], nn.Module], d
     # Longer than the first pools, twice, and with steps that were captured before.
     again = compiled.generate(rows[:1], max_new_tokens=NEW, eos_token_id=[])
     assert again[0, -NEW:].tolist() == expected[0]
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+@pytest.mark.parametrize("build", [models.llama, models.jamba], ids=lambda build: build.__name__)
+def test_rows_that_end_early_leave_the_others_alone(
+    build: Callable[[], nn.Module], device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps are launched before it is known which rows have ended, and pools grow meanwhile."""
+    monkeypatch.setattr(step_model, "_FIRST_CAPACITY", 16)
+    model = build()
+    rows = prompts(9, 4, 6, 5)
+    expected = [alone(model, row) for row in rows]
+    # One token of each of three rows ends it; the fourth goes on if it has none of them.
+    eos = [expected[0][1], expected[1][4], expected[2][4]]
+    kept = [cut(answer, eos) for answer in expected]
+    output = compiled_on(model, device).generate(
+        rows, max_new_tokens=NEW, eos_token_id=eos, return_dict=True
+    )
+    assert [row.tolist() for row in output.new_tokens] == kept
+    assert len({len(answer) for answer in kept}) > 1
+    ended = ["eos" if answer[-1] in eos else "length" for answer in kept]
+    assert list(output.finish_reasons) == ended
+
+
+def cut(answer: list[int], eos: list[int]) -> list[int]:
+    """An answer up to its first ending token."""
+    end = next((i for i, token in enumerate(answer) if token in eos), len(answer) - 1)
+    return answer[: end + 1]
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+def test_logits_that_are_not_finite_are_an_error(device: str) -> None:
+    model = models.llama()
+    compiled = compiled_on(model, device)
+    weight = compiled.program.weight("model.norm.weight")
+    with torch.no_grad():
+        weight.fill_(torch.nan)
+    with pytest.raises(Error, match=r"row 0 are not finite at generation step 0"):
+        compiled.generate(prompts(5), max_new_tokens=3)
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+def test_steps_follow_each_other_only_where_nobody_looks(device: str) -> None:
+    """A callback sees each token before the next step, so nothing is launched ahead."""
+    compiled = compiled_on(models.llama(), device)
+    rows = prompts(7, 3)
+    seen: list[list[int]] = []
+
+    def look(tokens: Tensor, ended: Tensor) -> bool:
+        seen.append(tokens.tolist())
+        return len(seen) == 4
+
+    watched = compiled.generate(rows, max_new_tokens=NEW, eos_token_id=[], on_token=look)
+    free = compiled.generate(rows, max_new_tokens=NEW, eos_token_id=[])
+    assert torch.tensor(seen).T.tolist() == watched[:, -4:].tolist() == free[:, 7:11].tolist()
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Unpack, overload
@@ -14,9 +15,10 @@ from fxgraft.generation.options import SamplingKeywords, SamplingOptions
 from fxgraft.generation.processors import History
 from fxgraft.generation.prompts import Prompt, TokenIds, integers, prepare_prompt
 from fxgraft.generation.sampling import row_generators, sample
-from fxgraft.generation.step import StepModel
+from fxgraft.generation.step import GreedyStepModel, StepModel
 from fxgraft.generation.stopping import StopStringMatcher
 from fxgraft.generation.text import Vocabulary
+from fxgraft.generation.unread import UnreadTokens
 
 FinishReason = Literal["eos", "stop_string", "callback", "length"]
 Callback = Callable[[Tensor, Tensor], "bool | Sequence[bool] | Tensor | None"]
@@ -218,6 +220,14 @@ class _Batch:
     def run(self, on_token: Callback | None) -> None:
         """Generate until every row has ended."""
         logits = self._prefill()
+        if (
+            isinstance(self.model, GreedyStepModel)
+            and self.options.is_plain_greedy
+            and on_token is None
+            and self.matchers is None
+        ):
+            self._run_ahead(self.model, self._choose(logits))
+            return
         while True:
             tokens = self._choose(logits)
             if on_token is not None:
@@ -225,6 +235,39 @@ class _Batch:
             if not self.live:
                 return
             logits = self._decode(tokens)
+
+    def _run_ahead(self, model: GreedyStepModel, tokens: Tensor) -> None:
+        """Launch each step before the tokens of the one before it are read."""
+        given: Tensor | None = tokens
+        unread: deque[UnreadTokens] = deque()
+        while self.live:
+            if self._many_ended() and not unread:
+                self._drop_ended_rows()
+                given = self.sequences[:, self.width + self.count - 1]
+            is_last = self.count + len(unread) == self.options.max_new_tokens
+            if not (is_last or self._many_ended()):
+                first = None if given is None else given[self._index(self.held)]
+                launched, self.state = model.step_greedy(first, self.state)
+                unread.append(launched)
+                given = None
+                if len(unread) == 1:
+                    continue
+            self._take(unread.popleft().read())
+
+    def _take(self, chosen: Sequence[int]) -> None:
+        """Store and judge the tokens of the rows that are held."""
+        tokens = [self.pad] * len(self.reasons)
+        live = set(self.live)
+        for row, token in zip(self.held, chosen, strict=True):
+            if row in live:
+                if token < 0:
+                    raise self._not_finite(row)
+                tokens[row] = token
+        self.sequences[:, self.width + self.count] = self._index(tokens)
+        self.count += 1
+        for row in sorted(live):
+            self.lengths[row] += 1
+            self.reasons[row] = self._judge(row, tokens[row])
 
     def output(self) -> GenerationOutput:
         """The sequences up to the longest row's end."""
@@ -243,7 +286,8 @@ class _Batch:
         return logits
 
     def _decode(self, tokens: Tensor) -> Tensor:
-        self._drop_ended_rows()
+        if self._many_ended():
+            self._drop_ended_rows()
         held = self._index(self.held)
         positions = [self.prompt_lengths[row] + self.count - 1 for row in self.held]
         logits, self.state = self.model.step(
@@ -254,10 +298,11 @@ class _Batch:
         )
         return logits
 
+    def _many_ended(self) -> bool:
+        return 2 * len(self.live) <= len(self.held)
+
     def _drop_ended_rows(self) -> None:
         live = self.live
-        if 2 * len(live) > len(self.held):
-            return
         self.state = self.model.select(self.state, self._index(self._live_places()))
         self.held = live
 
@@ -312,12 +357,14 @@ class _Batch:
         # The maximum is finite unless there is a NaN, an inf, or nothing but -inf.
         finite = integers(torch.isfinite(logits.amax(dim=-1)))
         if not all(finite):
-            raise Error(
-                f"the logits of row {rows[finite.index(0)]} are not finite at generation step "
-                f"{self.count} (new token {self.count + 1})",
-                "check the weights for NaN, and use float32 or bfloat16 if the model runs in "
-                "float16",
-            )
+            raise self._not_finite(rows[finite.index(0)])
+
+    def _not_finite(self, row: int) -> Error:
+        return Error(
+            f"the logits of row {row} are not finite at generation step {self.count} "
+            f"(new token {self.count + 1})",
+            "check the weights for NaN, and use float32 or bfloat16 if the model runs in float16",
+        )
 
     def _index(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, device=self.sequences.device)

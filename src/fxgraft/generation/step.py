@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
+
+from fxgraft.generation.unread import UnreadTokens
 
 
 class StepModel(Protocol):
@@ -61,4 +63,21 @@ class StepModel(Protocol):
 
     def select(self, state: Any, rows: Tensor) -> Any:
         """The state of only these rows (int64 [R]), in this order."""
+        ...
+
+
+@runtime_checkable
+class GreedyStepModel(StepModel, Protocol):
+    """One that chooses the likeliest tokens itself, so that steps follow each other at once."""
+
+    def step_greedy(self, tokens: Tensor | None, state: Any) -> tuple[UnreadTokens, Any]:
+        """Take in one token per row, and choose the likeliest next one.
+
+        Args:
+            tokens: int64 [B]; None takes those that the step before chose, read or not.
+            state: as in ``step``.
+
+        Returns:
+            The next tokens, -1 where logits are not finite, and the new state.
+        """
         ...
