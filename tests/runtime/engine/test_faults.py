@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 
 from fxgraft.errors import InputError
-from fxgraft.paged_model import Rows
+from fxgraft.paged_model import PagedModel, Rows
 from tests.runtime.engine._models import (
     alone,
     assert_nothing_held,
@@ -49,6 +49,9 @@ def test_nan_ends_the_request_and_names_the_step() -> None:
             if bad.row is not None and rows.input_ids.shape[1] == 1 and len(bad.tokens) == 3:
                 logits[bad.row, 5] = torch.nan
             return logits
+
+        def decode(self, rows: Rows, chosen: Tensor) -> Tensor:
+            return PagedModel.decode(cast(Any, self), rows, chosen)
 
         def __getattr__(self, name: str) -> Any:
             return getattr(model, name)
