@@ -54,7 +54,7 @@ def cold() -> dict[str, float]:
     vector.parent.mkdir(exist_ok=True)
     from fxgraft.passes.seal import Seal, SteeringVector
 
-    SteeringVector(torch.randn(576), "E-RT", 15, "smollm2").save(vector)
+    SteeringVector(torch.randn(576), "E-RT", 15, sources.SMOLLM2).save(vector)
     seal = Seal(vector=vector, tokenizer=sources.SMOLLM2)
     start = time.perf_counter()
     compiled = fxgraft.compile(

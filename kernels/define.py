@@ -20,17 +20,19 @@ def define(
     schema: str,
     fake: Callable[..., Any],
     implementation: Callable[..., Any] | None = None,
+    differentiable: Callable[..., Any] | None = None,
 ) -> OpSpec:
     """Define ``fxgraft::<spec.name>`` and register its spec.
 
-    The backward pass differentiates ``spec.reference``; it needs no code of its own. An op whose
-    schema says that it changes an argument has none.
+    The backward pass differentiates ``spec.reference``, or a faster form of the same; it needs no
+    code of its own. An op whose schema says that it changes an argument has none.
 
     Args:
         spec: the op's registration.
         schema: the schema after the name, for example ``"(Tensor x) -> Tensor"``.
         fake: computes output shapes and dtypes from fake tensors, without data.
         implementation: what runs on real tensors of any device; the reference if not given.
+        differentiable: what the backward pass differentiates; the reference if not given.
 
     Raises:
         Error: an op of that name is registered already.
@@ -42,7 +44,10 @@ def define(
     _library.register_fake(qualified, fake, lib=LIBRARY)
     if not spec.overload._schema.is_mutable:  # pyright: ignore[reportPrivateUsage]
         _library.register_autograd(
-            qualified, _backward(spec.reference), setup_context=_setup_context, lib=LIBRARY
+            qualified,
+            _backward(differentiable or spec.reference),
+            setup_context=_setup_context,
+            lib=LIBRARY,
         )
     return spec
 

@@ -91,6 +91,23 @@ class InPlace:
 
 
 @dataclass(frozen=True)
+class PackedWeight:
+    """How an op of kind ``"linear"`` stores its weight in another form than [O, K].
+
+    Attributes:
+        arguments: names of the tensors that hold the weight; the first one's name is the weight's.
+        pattern: N and M of a node, if at most N of each M neighbours along K are kept.
+        shape: O and K of a node.
+        unpack: the weight [O, K] of a node, given the values of ``arguments``.
+    """
+
+    arguments: tuple[str, ...]
+    pattern: Callable[[Node], tuple[int, int]]
+    shape: Callable[[Node], tuple[Expr, Expr]]
+    unpack: Callable[[Node, Sequence[torch.Tensor]], torch.Tensor]
+
+
+@dataclass(frozen=True)
 class OpSpec:
     """The registration of one op.
 
@@ -106,6 +123,7 @@ class OpSpec:
         flops: floating-point operations of a node, over the symbols in its ``meta["val"]``.
         in_place: given a node of a step graph and the nodes that only tell which past tokens are
             real, the same on pools, or None where the op has no such form for this node.
+        packed: how its weight is stored, if not as the argument ``weight`` [O, K].
     """
 
     name: str
@@ -116,6 +134,8 @@ class OpSpec:
     total_dims: Mapping[str, int] = field(default_factory=dict[str, int])
     causal: Callable[[Node], bool | None] = lambda node: True
     in_place: Callable[[Node, Collection[Node]], InPlace | None] = lambda node, masks: None
+    refusal: Callable[[Node], str | None] = lambda node: None
+    packed: PackedWeight | None = None
 
     @property
     def overload(self) -> OpOverload:

@@ -54,7 +54,7 @@ def write_vector(path: Path, **changes: Any) -> Path:
     """A steering vector for the model."""
     values: dict[str, Any] = {
         "vector": torch.randn(HIDDEN, generator=torch.Generator().manual_seed(3)),
-        "convention": "E-RT", "layer": 1, "model": "tiny", **changes,
+        "convention": "E-RT", "layer": 1, "model": "", **changes,
     }  # fmt: skip
     return SteeringVector(**values).save(path)
 

@@ -28,14 +28,18 @@ from fxgraft.passes.optimize import Optimize
 from fxgraft.passes.prune_heads import PruneHeads
 from fxgraft.passes.seal import Seal, SteeringVector
 from fxgraft.passes.shard import Shard
+from fxgraft.passes.spin import Spin
 from fxgraft.pipeline import Pipeline
 from fxgraft.transform import apply
 from tests import model_folder
 from tests.core.test_state import run_steps
+from tests.passes import _flow, _spin
 from tests.passes._ranks import run_share_steps, run_shares, with_others
 
 TOLERANCE = 2e-5
 HEAD_DIM = 16
+SPAN = (2, 5)
+"""Positions that stand for an image."""
 
 Reference = Callable[[nn.Module, Path], contextlib.AbstractContextManager[None]]
 """Makes the original model do what a pass does, by hooks; gets the folder of the test's files."""
@@ -114,6 +118,25 @@ def steered(model: nn.Module, folder: Path) -> Generator[None]:
             handle.remove()
 
 
+@contextlib.contextmanager
+def spun(model: nn.Module, folder: Path) -> Generator[None]:
+    """Two of the heads stay in text behind the span, as if that were an image."""
+    reference = _spin.Reference(2, 0.0, torch.empty(0), torch.empty(0))
+
+    def note(_: nn.Module, args: tuple[Any, ...], values: dict[str, Tensor]) -> None:
+        mask = values["attention_mask"]
+        position = mask.cumsum(-1) - 1
+        reference.image = (position >= SPAN[0]) & (position < SPAN[1]) & mask.bool()
+        reference.gated = (position >= SPAN[1]) & mask.bool()
+
+    handle = model.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        with _spin.active(model, reference):
+            yield
+    finally:
+        handle.remove()
+
+
 def layer(model: nn.Module, index: int) -> Any:
     return cast(Any, model).model.layers[index]
 
@@ -150,12 +173,18 @@ def _is_new(before: bytes, after: bytes) -> bool:
 
 
 ROWS: dict[str, Row] = {
+    # A second time there is no dense layer left; nor can heads be cut out of packed weights.
+    "flow": Row(_flow.sparse_inputs, _flow.inputs_pruned, {"flow": "dense_weights"}),
     "optimize": Row(lambda _: Optimize(), as_it_is, {}),
     "prune_heads": Row(
         lambda _: PruneHeads(heads={0: [1], 1: [0]}),
         heads_zeroed({0: [1], 1: [0]}),
         # The groups that it left are of unequal size, so each is an attention of its own.
-        {"prune_heads": r"heads of 'model\.layers\.0\.self_attn' cannot be pruned"},
+        {
+            "flow": "dense_weights",
+            "prune_heads": r"heads of 'model\.layers\.0\.self_attn' cannot be pruned",
+            "spin": r"fxgraft\.head_gate comes before the output projection",
+        },
     ),
     "seal": Row(
         lambda folder: Seal(vector=folder / "vector.safetensors", tokenizer=str(folder)),
@@ -163,6 +192,11 @@ ROWS: dict[str, Row] = {
         {},
     ),
     "shard": Row(lambda _: Shard(size=2, rank=1, vocabulary="split"), as_it_is, {}),
+    "spin": Row(
+        lambda _: Spin(span=SPAN, heads=2, rows="all_text"),
+        spun,
+        {"prune_heads": "divided among several attentions"},
+    ),
 }
 PAIRS = [(first, second) for first in ROWS for second in ROWS]
 

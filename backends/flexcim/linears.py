@@ -28,7 +28,8 @@ class Linear:
         weight: name of its weight.
         gemm: of one copy, with the pattern that the weight obeys.
         copies: matrices; experts count each.
-        source: where the pattern comes from: ``"option"``, ``"declared"`` or ``"weight"``.
+        source: where the pattern comes from: ``"option"``, ``"packed"`` (the weight is stored in
+            that form), ``"declared"`` or ``"weight"``.
         most: see ``patterns.most_kept``; None without values or for a dense weight.
     """
 
@@ -102,7 +103,7 @@ class Patterns:
         kept = None if matrices.is_meta else (matrices != 0).flatten(0, 1)
         is_dense = kept is None or bool(kept.all())
         most = None if kept is None or is_dense else patterns.most_kept(kept)
-        asked, source = self._asked(product.weights, node)
+        asked, source = self._asked(product, node)
         if asked is None:
             pattern = patterns.sparsest(most or {})
         else:
@@ -114,12 +115,15 @@ class Patterns:
             pattern = DENSE
         return _Found(pattern, source, self._replays(pattern, kept), most)
 
-    def _asked(self, names: Sequence[str], node: str) -> tuple[DeclaredPattern | None, str]:
+    def _asked(self, product: WeightProduct, node: str) -> tuple[DeclaredPattern | None, str]:
         """What was asked for, and by what; the last glob that matches wins."""
+        names = product.weights
         for glob in reversed(self._chosen):
             if any(fnmatchcase(name, glob) for name in names):
                 found = patterns.parse(self._chosen[glob], node)
                 return DeclaredPattern(found.n, found.m, self._is_padded(names)), "option"
+        if product.pattern is not None:
+            return DeclaredPattern(*product.pattern), "packed"
         for name in names:
             if name in self._declared:
                 noted = self._declared[name]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from fxgraft.backend import Backend
 from fxgraft.backends.onnx.options import OnnxOptions, parse
 from fxgraft.collectives import require_whole
+from fxgraft.packed_weights import unpack_weights
 from fxgraft.program import Program
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ class OnnxBackend(Backend):
         from fxgraft.backends.onnx.compiled import OnnxCompiled
 
         require_whole(program, "backend 'onnx' runs in one process")
-        return OnnxCompiled(program, parse(options))
+        chosen = parse(options)
+        return OnnxCompiled(_stored(program, chosen), chosen)
 
     def export(self, program: Program, folder: Path, **options: Any) -> Path:
         """Write a Program as ONNX files and check them in onnxruntime.
@@ -62,7 +64,17 @@ class OnnxBackend(Backend):
         from fxgraft.backends.onnx.exporting import export
 
         require_whole(program, "ONNX files hold whole models")
-        return export(program, folder, parse(options))
+        chosen = parse(options)
+        return export(_stored(program, chosen), folder, chosen)
+
+
+def _stored(program: Program, options: OnnxOptions) -> Program:
+    """The Program, or a copy with the weights as they are to be stored."""
+    if not options.dense_weights:
+        return program
+    dense = program.copy()
+    unpack_weights(dense)
+    return dense
 
 
 BACKEND = OnnxBackend()

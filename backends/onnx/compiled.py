@@ -20,6 +20,7 @@ from fxgraft.backends.onnx.session import to_ort, to_torch
 from fxgraft.backends.onnx.weights import WeightFile
 from fxgraft.errors import LoweringError
 from fxgraft.generation import StepModel
+from fxgraft.images import language_model
 from fxgraft.program import Program
 from fxgraft.report import Report
 from fxgraft.state import StepProgram
@@ -58,8 +59,8 @@ class OnnxCompiled(Compiled):
     def lower_step(self, step: StepProgram) -> StepModel:
         """Prefill and decode in onnxruntime."""
         try:
-            folder = Path(self._folder.name)
-            self._steps = write_steps(self.program, step, folder, self._weights, self._options)
+            folder, program = Path(self._folder.name), language_model(self.program)
+            self._steps = write_steps(program, step, folder, self._weights, self._options)
         except OSError as error:
             raise _no_room(error) from error
         return self._steps.model

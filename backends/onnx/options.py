@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fxgraft.errors import InputError, LoweringError
 
-FIRST_OPSET, LAST_OPSET = 18, 25
+FIRST_OPSET, LAST_OPSET = 18, 27
 """Opsets that are written; each is tested. 18 is the default: every runtime of use reads it."""
 
 Optimization = Literal["none", "basic", "extended", "all"]
@@ -18,10 +18,12 @@ class OnnxOptions(BaseModel):
     """Options of the ONNX backend.
 
     Attributes:
-        opset: ONNX opset of the files, 18 to 25.
+        opset: ONNX opset of the files, 18 to 27.
         threads: CPU threads of onnxruntime; default as many as torch uses.
         optimization: how far onnxruntime rewrites the graph when it loads it.
         check: run the result and compare it with the Program.
+        dense_weights: write weights that are packed as N:M sparse ones as dense ones; else the
+            files hold them packed, and the operators that unpack them.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -29,6 +31,7 @@ class OnnxOptions(BaseModel):
     threads: int | None = Field(default=None, ge=1)
     optimization: Optimization = "all"
     check: bool = True
+    dense_weights: bool = False
 
 
 def parse(options: dict[str, Any]) -> OnnxOptions:

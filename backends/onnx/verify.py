@@ -13,7 +13,8 @@ from fxgraft.backends.onnx.types import stored_dtype
 from fxgraft.check import check_sizes, relative_error
 from fxgraft.errors import LoweringError
 from fxgraft.program import Program
-from fxgraft.state import StepProgram
+from fxgraft.state import PROMPT_LENGTH, StepProgram
+from fxgraft.stepping import other_inputs
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 """Largest relative error of an output, ``max|a - b| / max|b|``, by the model's coarsest dtype.
@@ -93,6 +94,8 @@ def _check_trial(program: Program, step: StepProgram, model: OnnxStepModel, tria
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     if "position_ids" in values:
         values["position_ids"] = positions
+    if PROMPT_LENGTH in values:
+        values[PROMPT_LENGTH] = torch.full_like(values[PROMPT_LENGTH], trial.prompt)
     with torch.no_grad():
         whole = program.graph_module(*[values[spec.name] for spec in program.inputs])
     logits = whole[program.outputs.index("logits")]
@@ -100,7 +103,8 @@ def _check_trial(program: Program, step: StepProgram, model: OnnxStepModel, tria
     state, start = model.empty_state(trial.batch), 0
     for end in trial.cuts:
         tokens = values["input_ids"][:, start:end]
-        found, state = model.step(tokens, mask[:, :end], positions[:, start:end], state)
+        inputs = other_inputs(step, values, start, end)
+        found, state = model.step(tokens, mask[:, :end], positions[:, start:end], state, inputs)
         where = f"logits of batch {trial.batch} after tokens {start} to {end - 1}"
         errors.append(_compare(found, logits[:, end - 1], where, program))
         start = end

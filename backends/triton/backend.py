@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
+from torch.fx import Node
 
 from fxgraft import graph as graphs
 from fxgraft.backend import Backend, Compiled
@@ -29,9 +30,12 @@ from fxgraft.state import StepProgram
 
 _KERNELS = {
     "fxgraft.fused_linear": "Triton to 64 rows where it is faster, else cuBLAS",
+    "fxgraft.nm_linear": "Triton; many rows: unpacked by Triton, then cuBLAS",
     "fxgraft.paged_attention": "Triton; prompts without a past: torch's attention",
     "fxgraft.rms_norm": "Triton",
     "fxgraft.gated_activation": "Triton",
+    "fxgraft.linear_attention": "Triton",
+    "fxgraft.linear_attention_slots": "Triton",
 }
 
 
@@ -96,6 +100,7 @@ class TritonCompiled(Compiled):
         self.chosen = options
         self._capture = GraphCapture()
         self._fused: Counter[str] = Counter()
+        self._refused: dict[str, str] = {}
 
     @torch.no_grad()
     def run(self, values: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -112,6 +117,7 @@ class TritonCompiled(Compiled):
         module, fresh_module = (fused(paged, fresh=fresh) for fresh in (False, True))
         calls = [node for node in module.graph.nodes if node.op == "call_function"]
         self._fused = Counter(graphs.short_target(node) for node in calls)
+        self._refused = _refusals(calls)
 
         def run(values: Sequence[Tensor], *, fresh: bool) -> Tensor:
             return (fresh_module if fresh else module)(*values)[0]
@@ -142,10 +148,21 @@ class TritonCompiled(Compiled):
             if spec_of(node) is not None
         }
         lines = [
-            ReportLine(op, count, _KERNELS.get(op, "fxgraft" if op in ours else "ATen"), "")
+            ReportLine(op, count, "PyTorch", self._refused[op])
+            if op in self._refused
+            else ReportLine(op, count, _KERNELS.get(op, "fxgraft" if op in ours else "ATen"))
             for op, count in counts.most_common()
         ]
         notes = ["decode steps run in CUDA graphs"] if self.chosen.cuda_graphs else []
         if self.state_problem:
             notes = [f"generation recomputes the whole sequence: {self.state_problem}"]
         return Report("triton", lines, notes)
+
+
+def _refusals(nodes: Iterable[Node]) -> dict[str, str]:
+    """Why kernels do not take nodes, by op."""
+    return {
+        graphs.short_target(node): reason
+        for node in nodes
+        if (spec := spec_of(node)) and (reason := spec.refusal(node))
+    }

@@ -1,6 +1,7 @@
 """Fusions of a paged graph into the ops that have kernels for few rows.
 
-1. A linear layer takes in the RMS norm before it, if only linear layers read that norm.
+1. A linear layer takes in the RMS norm before it, if only linear layers read that norm. One with
+   an N:M sparse weight does not.
 2. Then the gated activation behind it, if the layer computes gate and up in one product.
 3. Then the sum with the residual stream behind it.
 4. Attention over blocks takes in the rotary embedding of its queries and keys.
@@ -34,6 +35,8 @@ def fused(paged: PagedProgram, *, fresh: bool) -> GraphModule:
         for node in list(module.graph.nodes):
             if node.target is aten.linear.default and _has_weight(node):
                 _fuse_linear(node)
+            elif node.target is fx.nm_linear.default:
+                _fuse_nm_linear(node)
             elif node.target is fx.paged_attention.default:
                 _fuse_rotary(node)
                 if fresh:
@@ -55,19 +58,46 @@ def _fuse_linear(node: Node) -> None:
         norm = cast("Node | None", argument(x, "weight"))
         kwargs = {"eps": argument(x, "eps"), "norm_offset": argument(x, "offset")}
         x = cast(Node, argument(x, "x"))
-    place = node
+    place, activation, residual = _behind(node)
+    if activation is not None:
+        kwargs["activation"] = activation
+    args = (x, weight, argument(node, "bias"), norm, residual)
+    call = graphs.insert(place, fx.fused_linear.default, args, kwargs)
+    place.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
+
+
+def _fuse_nm_linear(node: Node) -> None:
+    given = ("bias", "residual", "activation")
+    if argument(node, "residual") is not None or argument(node, "activation") is not None:
+        return
+    place, activation, residual = _behind(node)
+    if place is node:
+        return
+    args = (*node.args[:3], argument(node, "bias"), residual)
+    kwargs = {name: value for name, value in node.kwargs.items() if name not in given}
+    if activation is not None:
+        kwargs["activation"] = activation
+    call = graphs.insert(place, fx.nm_linear.default, args, kwargs)
+    place.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
+
+
+def _behind(node: Node) -> tuple[Node, object, Node | None]:
+    """Gated activation and residual behind a product.
+
+    Returns:
+        The last node of what can be one call, the activation's name or None, and the residual.
+    """
+    place, activation = node, None
     gated = _gated_behind(node)
     if gated is not None:
-        kwargs["activation"] = argument(gated, "activation")
+        activation = argument(gated, "activation")
         place = gated
     residual = None
     total = _only_user(place)
     if total is not None and _is_residual_sum(total, place):
         residual = next(n for n in cast("list[Node]", list(total.args)) if n is not place)
         place = total
-    args = (x, weight, argument(node, "bias"), norm, residual)
-    call = graphs.insert(place, fx.fused_linear.default, args, kwargs)
-    place.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
+    return place, activation, residual
 
 
 def _all_linear(norm: Node) -> bool:

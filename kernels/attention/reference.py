@@ -26,13 +26,40 @@ def attention(
 
     Arguments and result are those of ``fxgraft.kernels.attention.op``, which also checks them.
     """
+    scores, visible = scores_of(
+        query,
+        key,
+        key_mask,
+        bias,
+        scale=scale,
+        is_causal=is_causal,
+        window=window,
+        chunk=chunk,
+        softcap=softcap,
+    )
+    weights = softmax_of(scores, visible, sinks)
+    return _grouped_matmul(weights, value.to(weights.dtype)).to(query.dtype)
+
+
+def scores_of(
+    query: Tensor,
+    key: Tensor,
+    key_mask: Tensor | None,
+    bias: Tensor | None,
+    *,
+    scale: float,
+    is_causal: bool,
+    window: int | None,
+    chunk: int | None,
+    softcap: float,
+) -> tuple[Tensor, Tensor | None]:
+    """Logits [B, Hq, S, T] with cap and bias, and which keys are visible (None: all)."""
     compute = torch.promote_types(query.dtype, torch.float32)
-    batch, heads, length, _ = query.shape
     scores = _grouped_matmul(query.to(compute), key.to(compute).transpose(-1, -2)) * scale
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
     visible = visible_keys(
-        length,
+        query.shape[2],
         key.shape[2],
         key_mask,
         device=query.device,
@@ -46,10 +73,21 @@ def attention(
         bias = bias > -torch.inf
     if bias is not None:
         visible = bias if visible is None else visible & bias
+    return scores, visible
+
+
+def softmax_of(scores: Tensor, visible: Tensor | None, sinks: Tensor | None) -> Tensor:
+    """Weights [B, H, S, T] of logits; rows that see no key, and their gradients, are 0.
+
+    Args:
+        scores: [B, H, S, T].
+        visible: bool, broadcastable to the scores, or None.
+        sinks: [H].
+    """
     if sinks is not None:
-        sinks = sinks.to(compute).view(1, -1, 1, 1).expand(batch, heads, length, 1)
-    weights = _masked_softmax(scores, visible, sinks)
-    return _grouped_matmul(weights, value.to(compute)).to(query.dtype)
+        batch, heads, length, _ = scores.shape
+        sinks = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(batch, heads, length, 1)
+    return _masked_softmax(scores, visible, sinks)
 
 
 def _grouped_matmul(left: Tensor, right: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from fxgraft.kernels.fused_linear.epilogue import finish
+from fxgraft.kernels.fused_linear.splits import add_splits
 from fxgraft.kernels.fused_linear.weights import prefetch_weights, weight_rows
 from fxgraft.kernels.launch import wait_for_inputs
 
@@ -39,32 +40,6 @@ def _multiply(
     return total
 
 
-@triton.jit
-def _add_splits(
-    total, partial, arrived, block, split, row, rows,
-    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_K: tl.constexpr,
-):  # fmt: skip
-    """Leave this split's sums; returns whether it is the last one, and then the sums of all.
-
-    Source of the scheme: the threadfence reduction of the CUDA samples. The order of addition is
-    that of the splits, whichever comes last.
-    """
-    STRIDE: tl.constexpr = BLOCK_R * BLOCK_N
-    partial += block.to(tl.int64) * SPLIT_K * STRIDE
-    mask = (row < rows)[:, None]
-    place = row[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    tl.store(partial + split * STRIDE + place, total, mask=mask)
-    tl.debug_barrier()
-    is_last = tl.atomic_add(arrived + block, 1, sem="acq_rel", scope="gpu") == SPLIT_K - 1
-    if is_last:
-        tl.store(arrived + block, 0)
-        total = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
-        for other in tl.static_range(SPLIT_K):
-            start = partial + other * STRIDE
-            total += tl.load(start + place, mask=mask, other=0.0, cache_modifier=".cg")
-    return is_last, total
-
-
 @triton.jit(do_not_specialize=["rows"])
 def matrix_kernel(
     x, weight, bias, residual, output, partial, arrived, rows, features, inner,
@@ -86,7 +61,7 @@ def matrix_kernel(
     )  # fmt: skip
     is_last = True
     if SPLIT_K > 1:
-        is_last, total = _add_splits(
+        is_last, total = add_splits(
             total, partial, arrived, block, split, row, rows, BLOCK_R, BLOCK_N, SPLIT_K
         )
     if is_last:

@@ -10,8 +10,9 @@ reaches x only.
 Args:
     x: [B, S, D].
     fire: bool [B, S].
-    vector: [D], or [B, D] for a vector per row.
+    vector: [D]; or [B, D] for a vector per row; or, with ``slot``, a table [T, D].
     coefficient: [], or [B] for a coefficient per row.
+    slot: int64 [B], the row of the table that each row of x takes.
 
 Returns:
     [B, S, D] in x's dtype.
@@ -19,9 +20,23 @@ Returns:
 
 from __future__ import annotations
 
+from torch import Tensor
+
+from fxgraft.kernels.accelerate import on_cuda
 from fxgraft.kernels.define import define
 from fxgraft.kernels.spec import OpSpec
 from fxgraft.kernels.steer import cost, reference
+
+
+def _cuda(
+    x: Tensor, fire: Tensor, vector: Tensor, coefficient: Tensor, slot: Tensor | None = None
+) -> Tensor:
+    from fxgraft.kernels.steer import triton
+
+    if not triton.supports(x, vector, coefficient):
+        return reference.steer(x, fire, vector, coefficient, slot)
+    return triton.steer(x, fire, vector, coefficient, slot)
+
 
 SPEC = define(
     OpSpec(
@@ -30,6 +45,7 @@ SPEC = define(
         reference=reference.steer,
         flops=cost.flops,
     ),
-    "(Tensor x, Tensor fire, Tensor vector, Tensor coefficient) -> Tensor",
+    "(Tensor x, Tensor fire, Tensor vector, Tensor coefficient, Tensor? slot=None) -> Tensor",
     reference.steer,
 )
+on_cuda(SPEC, _cuda, reference.steer)

@@ -1,14 +1,20 @@
 """``fxgraft::token_automaton``: a finite automaton over token ids.
 
-At each position, fired = fire[state, id], then state = next_state[state, id]. SEAL
+At each position, fired = fire[state, column], then state = next_state[state, column]. SEAL
 (arXiv 2504.07986) needs one to know whether it is inside a thinking section.
+
+Most tokens of a vocabulary do the same to the automaton, so its tables have one column for each
+kind of token, and ``classes`` says of which kind a token is.
 
 Args:
     input_ids: int64 or int32 [B, S], each in 0..V-1.
-    next_state: int64 or uint8 [K, V], each in 0..K-1.
-    fire: bool [K, V].
+    next_state: int64 or uint8 [K, C], each in 0..K-1.
+    fire: bool [K, C].
     state: int64 [B], the state after the tokens before these.
-    initial: the state at the start of a sequence, used if ``state`` is None.
+    classes: int64, int32 or int16 [V], the column of each token, in 0..C-1; None: a token is its
+        own column, and V = C.
+    initial: the state at the start of a sequence, used if ``state`` is None. The engine's pools
+        start from 0.
 
 Returns:
     fired bool [B, S], and the last state int64 [B].
@@ -24,6 +30,7 @@ import torch
 from torch import Tensor
 
 from fxgraft.errors import InputError
+from fxgraft.kernels.accelerate import on_cuda
 from fxgraft.kernels.define import define
 from fxgraft.kernels.spec import OpSpec, State
 from fxgraft.kernels.token_automaton import cost, reference
@@ -34,6 +41,7 @@ def _fake(
     next_state: Tensor,
     fire: Tensor,
     state: Tensor | None = None,
+    classes: Tensor | None = None,
     *,
     initial: int = 0,
 ) -> tuple[Tensor, Tensor]:
@@ -48,12 +56,29 @@ def _token_automaton(
     next_state: Tensor,
     fire: Tensor,
     state: Tensor | None = None,
+    classes: Tensor | None = None,
     *,
     initial: int = 0,
 ) -> tuple[Tensor, Tensor]:
     if input_ids.device.type == "cpu":
-        _check(input_ids, next_state.shape[1])
-    return reference.token_automaton(input_ids, next_state, fire, state, initial=initial)
+        _check(input_ids, next_state.shape[1] if classes is None else classes.shape[0])
+    return reference.token_automaton(input_ids, next_state, fire, state, classes, initial=initial)
+
+
+def _cuda(
+    input_ids: Tensor,
+    next_state: Tensor,
+    fire: Tensor,
+    state: Tensor | None = None,
+    classes: Tensor | None = None,
+    *,
+    initial: int = 0,
+) -> tuple[Tensor, Tensor]:
+    from fxgraft.kernels.token_automaton import triton
+
+    if not triton.supports(next_state, fire):
+        return _token_automaton(input_ids, next_state, fire, state, classes, initial=initial)
+    return triton.token_automaton(input_ids, next_state, fire, state, classes, initial=initial)
 
 
 def _check(input_ids: Tensor, vocabulary: int) -> None:
@@ -74,8 +99,9 @@ SPEC = define(
         flops=cost.flops,
         states=(State("automaton", "state", "fixed", output=1),),
     ),
-    "(Tensor input_ids, Tensor next_state, Tensor fire, Tensor? state=None, *, int initial=0) "
-    "-> (Tensor, Tensor)",
+    "(Tensor input_ids, Tensor next_state, Tensor fire, Tensor? state=None, "
+    "Tensor? classes=None, *, int initial=0) -> (Tensor, Tensor)",
     _fake,
     _token_automaton,
 )
+on_cuda(SPEC, _cuda, _token_automaton)

@@ -14,6 +14,7 @@ def token_automaton(
     next_state: Tensor,
     fire: Tensor,
     state: Tensor | None = None,
+    classes: Tensor | None = None,
     *,
     initial: int = 0,
 ) -> tuple[Tensor, Tensor]:
@@ -24,15 +25,17 @@ def token_automaton(
     """
     batch, length = input_ids.shape
     num_states = next_state.shape[0]
-    flat_ids = input_ids.reshape(-1)
-    steps = next_state.index_select(1, flat_ids).to(torch.int64)
+    columns = input_ids.reshape(-1)
+    if classes is not None:
+        columns = classes.index_select(0, columns).to(torch.int64)
+    steps = next_state.index_select(1, columns).to(torch.int64)
     runs = _running_compositions(steps.reshape(num_states, batch, length))
     if state is None:
         state = input_ids.new_full((batch,), initial, dtype=torch.int64)
     start = state[None, :, None]
     after = runs.gather(0, start.expand(1, batch, length))
     states = torch.cat((start, after), 2)
-    fires = fire.index_select(1, flat_ids).reshape(num_states, batch, length)
+    fires = fire.index_select(1, columns).reshape(num_states, batch, length)
     fired = fires.gather(0, states[:, :, :-1])[0]
     return fired, states[0, :, -1].clone(memory_format=torch.contiguous_format)
 

@@ -4,21 +4,26 @@
 ``up_proj`` become ``gate_proj+up_proj``; the old weights are dropped. The input is then read once,
 and one large matrix product runs instead of several small ones. A weight that anything else reads,
 or that shares memory with another (a tied embedding), is left alone. Where some of the layers have
-a bias, the others get zeros.
+a bias, the others get zeros. Layers whose weights are packed as N:M sparse ones merge with those of
+their N and M.
 """
 
 from __future__ import annotations
 
 import operator
 from collections import Counter, defaultdict
+from typing import cast
 
 import torch
+from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
 from fxgraft import graph as graphs
 from fxgraft.passes.optimize import effects, layouts
 from fxgraft.passes.optimize.matching import aten, calls, source, value_of
 from fxgraft.program import Program
+
+_NM_LINEAR: OpOverload = torch.ops.fxgraft.nm_linear.default
 
 
 def rewrite(program: Program) -> int:
@@ -41,14 +46,16 @@ def _groups(program: Program) -> list[list[Node]]:
     readers = Counter(str(node.target) for node in program.graph.find_nodes(op="get_attr"))
     memory = Counter(_memory(weight) for _, weight in program.weights())
     groups: dict[object, list[Node]] = defaultdict(list)
-    for node in calls(program.graph, aten.linear.default):
+    for node in (*calls(program.graph, aten.linear.default), *calls(program.graph, _NM_LINEAR)):
         names = [_own_weight(value, readers) for value in node.args[1:] if value is not None]
-        if None in names or not effects.untouched(node, written):
+        is_plain = len(node.args) < 5 and not any(isinstance(v, Node) for v in node.kwargs.values())
+        if None in names or not is_plain or not effects.untouched(node, written):
             continue
         weights = [program.weight(str(name)) for name in names]
         if all(memory[_memory(weight)] == 1 for weight in weights):
             owner = _layer(node).rpartition(".")[0]
-            groups[source(node), owner, weights[0].dtype].append(node)
+            pattern = tuple(sorted(node.kwargs.items()))
+            groups[source(node), owner, weights[0].dtype, pattern].append(node)
     return [group for group in groups.values() if len(group) > 1]
 
 
@@ -68,7 +75,7 @@ def _layer(linear: Node) -> str:
     """Path of the layer, from the name of its weight."""
     weight = source(linear, 1)
     assert weight is not None
-    return str(weight.target).removesuffix(".weight")
+    return str(weight.target).removesuffix(".weight").removesuffix(".values")
 
 
 def _merge(module: GraphModule, group: list[Node]) -> list[Node]:
@@ -83,7 +90,9 @@ def _merge(module: GraphModule, group: list[Node]) -> list[Node]:
     name = f"{parent}.{joined}" if parent else joined
     reads = _join_weights(module, group, name)
     sizes = [value_of(linear).shape[-1] for linear in group]
-    merged = graphs.insert(first, aten.linear.default, (source(first), *reads))
+    merged = graphs.insert(
+        first, cast(OpOverload, first.target), (source(first), *reads), dict(first.kwargs)
+    )
     split = graphs.insert(first, aten.split_with_sizes.default, (merged, sizes, -1))
     for node in (*reads, merged, split):
         node.meta["module"] = name
@@ -97,15 +106,23 @@ def _merge(module: GraphModule, group: list[Node]) -> list[Node]:
 
 def _join_weights(module: GraphModule, group: list[Node], name: str) -> list[Node]:
     """Store the joined weight, and bias if any layer has one, and read them."""
-    weights = [_weight(module, linear, 1) for linear in group]
-    biases = [_weight(module, linear, 2) for linear in group]
-    stored = [f"{name}.weight"]
-    graphs.set_weight(module, stored[0], _cat([w for w in weights if w is not None]))
+    parts = {"weight": 0}
+    if group[0].target is _NM_LINEAR:
+        # Both are [..., rows, ...]; see fxgraft.kernels.nm_linear.layout.
+        parts = {"values": 2, "indices": 2}
+    stored: list[str] = []
+    for place, (part, dim) in enumerate(parts.items(), 1):
+        weights = [_weight(module, linear, place) for linear in group]
+        stored.append(f"{name}.{part}")
+        graphs.set_weight(module, stored[-1], _cat([w for w in weights if w is not None], dim))
+    biases = [_weight(module, linear, len(parts) + 1) for linear in group]
     if any(bias is not None for bias in biases):
         stored.append(f"{name}.bias")
-        pairs = zip(weights, biases, strict=True)
-        zeros = [w.new_zeros(w.shape[0]) if b is None else b for w, b in pairs if w is not None]
-        graphs.set_weight(module, stored[1], _cat(zeros))
+        like = graphs.weight_of(module, stored[0])
+        rows = [value_of(linear).shape[-1] for linear in group]
+        pairs = zip(rows, biases, strict=True)
+        zeros = [like.new_zeros(count) if bias is None else bias for count, bias in pairs]
+        graphs.set_weight(module, stored[-1], _cat(zeros, 0))
     return [graphs.insert_weight(module, group[0], weight) for weight in stored]
 
 
@@ -114,8 +131,8 @@ def _weight(module: GraphModule, linear: Node, index: int) -> torch.Tensor | Non
     return None if read is None else graphs.weight_of(module, str(read.target))
 
 
-def _cat(weights: list[torch.Tensor]) -> torch.Tensor:
-    joined = torch.cat([weight.detach() for weight in weights])
+def _cat(weights: list[torch.Tensor], dim: int) -> torch.Tensor:
+    joined = torch.cat([weight.detach() for weight in weights], dim)
     if not any(isinstance(weight, torch.nn.Parameter) for weight in weights):
         return joined
     trained = any(weight.requires_grad for weight in weights)

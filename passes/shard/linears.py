@@ -124,7 +124,8 @@ def part_name(weight: str, number: int) -> str:
     return f"{weight}_part_{number}"
 
 
-def _whole_name(part: str) -> str | None:
+def whole_name(part: str) -> str | None:
+    """The name of the weight that a part's name tells of; None if it names no part."""
     found = _PART.fullmatch(part)
     return found["stem"] + found["leaf"] if found else None
 
@@ -200,7 +201,7 @@ def merge_parts(program: Program) -> None:
     taken = {name for name, _ in program.weights()}
     for node in program.graph.nodes:
         linear = linear_of(node)
-        base = _whole_name(linear.weight) if linear else None
+        base = whole_name(linear.weight) if linear else None
         if linear and base and base not in taken and experts.with_bias(node) is node:
             groups[base, linear.source].append(linear)
     for (base, _), parts in groups.items():
@@ -213,7 +214,7 @@ def _merge(program: Program, base: str, parts: list[Linear]) -> None:
     anchor = parts[0].node
     weight = _joined(program, anchor, base, [part.weight for part in parts], dim=-2)
     biases = [part.bias for part in parts if part.bias is not None]
-    name = _whole_name(biases[0]) if biases else None
+    name = whole_name(biases[0]) if biases else None
     bias = _joined(program, anchor, name, biases, dim=-1) if name else None
     merged = _multiply(anchor, parts[0], weight, bias)
     if len(parts) == 1:

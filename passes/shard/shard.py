@@ -15,8 +15,9 @@ from fxgraft import check as checks
 from fxgraft import collectives, interpreter
 from fxgraft.collectives import Share
 from fxgraft.layers import is_linear
+from fxgraft.packed_weights import pack_weights, unpack_weights
 from fxgraft.passes.shard.attention import check_divisible, shard_attentions
-from fxgraft.passes.shard.linears import merge_parts
+from fxgraft.passes.shard.linears import merge_parts, whole_name
 from fxgraft.passes.shard.mlp import shard_mlps
 from fxgraft.passes.shard.ranks import find_share
 from fxgraft.passes.shard.simulate import run_ranks
@@ -64,13 +65,17 @@ class Shard(Pass):
         """
         if self.size == 1:
             return ["one process: nothing to divide"]
+        patterns = unpack_weights(program)
         check_divisible(program, self.size)
         if self.vocabulary == "split":
             find_vocabulary(program, self.size)
-        return self._cut(program, find_share(self.size, self.rank, self.group))
+        lines = self._cut(program, find_share(self.size, self.rank, self.group))
+        return lines + _pack_again(program, patterns)
 
     def _cut(self, program: Program, share: Share) -> list[str]:
-        before = {id(weight) for _, weight in program.weights()}
+        # Held, so that no new weight gets the identity of an old one.
+        old = [weight for _, weight in program.weights()]
+        before = set(map(id, old))
         mlps, uneven = shard_mlps(program, share)
         outputs, refused = shard_attentions(program, share)
         if self.vocabulary == "split":
@@ -117,8 +122,21 @@ class Shard(Pass):
     def _other(self, before: Program, share: Share, rank: int) -> Program:
         program = before.copy()
         if rank != share.rank:
+            patterns = unpack_weights(program)
             self._cut(program, Share(share.size, rank, share.group))
+            _pack_again(program, patterns)
         return program
+
+
+def _pack_again(program: Program, patterns: Mapping[str, tuple[int, int]]) -> list[str]:
+    """Pack the N:M sparse weights of which a share still is."""
+    if not patterns:
+        return []
+    names = {name: whole_name(name) or name for name, _ in program.weights()}
+    kept = {name: patterns[whole] for name, whole in names.items() if whole in patterns}
+    left = sorted(set(map(_pattern, pack_weights(program, kept))))
+    why = "what a process keeps of their rows are no whole groups of M"
+    return [f"dense on every process: {', '.join(left)}: {why}"] if left else []
 
 
 def _alike(reasons: Mapping[str, str]) -> list[str]:

@@ -62,9 +62,10 @@ class GroupBlocks:
         """Blocks that hold prefixes which nobody uses now."""
         return len(self._idle) * self.ops
 
-    def can_take(self, pages: int) -> bool:
-        """Whether this many whole pages can be had."""
-        return pages * self.ops <= self.free + self.idle
+    def can_take(self, pages: int, active: npt.NDArray[np.bool_] | None = None) -> bool:
+        """Whether this many pages can be had, with blocks for the active ops (all if None)."""
+        ops = self.ops if active is None else int(np.count_nonzero(active))
+        return pages * ops <= self.free + self.idle
 
     def take(self, active: npt.NDArray[np.bool_] | None = None) -> Page:
         """A new page; ``active`` tells for which ops, all if None. Call ``can_take`` first."""

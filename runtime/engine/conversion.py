@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -16,6 +19,8 @@ from fxgraft.runtime.engine.memory import Holding, StateMemory
 from fxgraft.runtime.engine.policy import Change, EngineView, LayerPolicy, RequestView, States
 from fxgraft.runtime.engine.request import Request
 
+_ENDS = 16
+
 
 def places(paged: PagedProgram, ops: Sequence[int]) -> Iterator[tuple[int, int]]:
     """Group and place in it of those ops that have growing state."""
@@ -23,6 +28,24 @@ def places(paged: PagedProgram, ops: Sequence[int]) -> Iterator[tuple[int, int]]
         for op in ops:
             if op in group.layers:
                 yield index, group.layers.index(op)
+
+
+def active_ops(
+    paged: PagedProgram, choices: Mapping[str, int]
+) -> list[npt.NDArray[np.bool_] | None]:
+    """Per group, the ops that keep entries for a request with these choices; None for all."""
+    found: list[npt.NDArray[np.bool_] | None] = [None] * len(paged.groups)
+    for name, options in paged.choices.items():
+        for option, ops in enumerate(options):
+            if option == choices[name]:
+                continue
+            for group, place in places(paged, ops):
+                active = found[group]
+                if active is None:
+                    active = np.ones(len(paged.groups[group].layers), dtype=np.bool_)
+                    found[group] = active
+                active[place] = False
+    return found
 
 
 class Conversion:
@@ -37,17 +60,36 @@ class Conversion:
     def __init__(self, policy: LayerPolicy, batch: Batch, memory: StateMemory) -> None:
         self._policy, self._batch, self._memory = policy, batch, memory
         self._paged = batch.model.paged
+        self._ends: deque[float] = deque(maxlen=_ENDS)
 
-    def apply(self, queued: int) -> None:
+    def start(self, request: Request, queued: int, prefilling: Iterable[Request]) -> dict[str, int]:
+        """The choices with which a request that waits would begin now."""
+        view = self._view(queued, prefilling)
+        return dict(self._policy.start(view, self._view_of(request)))
+
+    def gauges(self) -> dict[str, float]:
+        """What the policy tells of itself."""
+        return dict(self._policy.gauges())
+
+    def ended(self, now: float) -> None:
+        """Take note that a request ended, at a time of ``time.monotonic``."""
+        self._ends.append(now)
+
+    def apply(self, queued: int, prefilling: Iterable[Request]) -> list[Request]:
         """Change what the policy says.
 
         Args:
             queued: requests that wait.
+            prefilling: requests whose prompt is being taken in.
+
+        Returns:
+            Requests whose state could not be converted, to be computed again with other ops.
 
         Raises:
             InputError: it named a request that is not running, or an op that does not exist.
         """
-        for change in self._policy.decide(self._view(queued)):
+        again: list[Request] = []
+        for change in self._policy.decide(self._view(queued, prefilling)):
             request = next((r for r in self._batch.requests if r.id == change.request), None)
             options = self._paged.choices.get(change.choice)
             if request is None or options is None or not 0 <= change.option < len(options):
@@ -56,32 +98,62 @@ class Conversion:
                     "choice exists",
                     "change requests and choices that the view shows",
                 )
-            if request.choices[change.choice] != change.option:
-                self._convert(request, change)
+            if request in again or request.choices[change.choice] == change.option:
+                continue
+            if not self._convert(request, change):
+                request.choices[change.choice] = change.option
+                again.append(request)
+        return again
 
-    def _view(self, queued: int) -> EngineView:
+    def _view(self, queued: int, prefilling: Iterable[Request]) -> EngineView:
         groups = self._memory.groups
+        ends = self._ends
         return EngineView(
-            running=[
-                RequestView(request.id, request.past, dict(request.choices), request.arrived)
-                for request in self._batch.requests
-            ],
+            running=[self._view_of(request) for request in self._batch.requests],
             queued=queued,
             blocks_free=[group.free + group.idle for group in groups],
             blocks_total=[group.total for group in groups],
-            options={name: len(ops) for name, ops in self._paged.choices.items()},
+            options=self._paged.choices,
+            prefilling=[self._view_of(request) for request in prefilling],
+            block_bytes=[group.block_bytes for group in self._paged.groups],
+            time=time.monotonic(),
+            finish_interval=(ends[-1] - ends[0]) / (len(ends) - 1) if len(ends) > 1 else 0.0,
         )
 
-    def _convert(self, request: Request, change: Change) -> None:
+    def _view_of(self, request: Request) -> RequestView:
+        held, promised = self._bytes(request) if request.holding is not None else (0, 0)
+        return RequestView(
+            request.id, request.past, dict(request.choices), request.arrived,
+            len(request.prompt), held, promised,
+        )  # fmt: skip
+
+    def _bytes(self, request: Request) -> tuple[int, int]:
+        """Bytes of the blocks that a request holds, and of those that it may still take."""
+        holding = request.holding
+        assert holding is not None
+        most = self._memory.pages_for(len(request.prompt) + request.sampling.max_new_tokens)
+        held = promised = 0
+        for group, pages, active in zip(
+            self._paged.groups, holding.pages, holding.active, strict=True
+        ):
+            ops = len(group.layers) if active is None else int(np.count_nonzero(active))
+            held += len(pages) * ops * group.block_bytes
+            promised += max(most - len(pages), 0) * ops * group.block_bytes
+        return held, promised
+
+    def _convert(self, request: Request, change: Change) -> bool:
+        """Let a request take another op; False if its state cannot be converted."""
         holding = request.holding
         assert holding is not None
         options = self._paged.choices[change.choice]
         old, new = options[request.choices[change.choice]], options[change.option]
         wanted = list(places(self._paged, new))
         if not all(self._can_restore(holding, place) for place in wanted):
-            return
+            return True
         states = {op: self._read_state(holding, op, request.past) for op in old}
         converted = self._policy.convert(change, states)
+        if converted is None:
+            return False
         for group, place in wanted:
             self._memory.restore_op(holding, group, place)
         for op in new:
@@ -90,6 +162,7 @@ class Conversion:
             self._memory.drop_op(holding, group, place)
         request.choices[change.choice] = change.option
         self._batch.refresh(request, holding)
+        return True
 
     def _can_restore(self, holding: Holding, place: tuple[int, int]) -> bool:
         group = self._memory.groups[place[0]]

@@ -18,7 +18,7 @@ from fxgraft.generation.stopping import StopStringMatcher
 from fxgraft.generation.text import Vocabulary
 from fxgraft.paged_model import PagedModel
 from fxgraft.runtime.engine.batch import Batch
-from fxgraft.runtime.engine.conversion import Conversion, places
+from fxgraft.runtime.engine.conversion import Conversion, active_ops
 from fxgraft.runtime.engine.failures import as_error, not_finite
 from fxgraft.runtime.engine.memory import Holding, StateMemory
 from fxgraft.runtime.engine.options import EngineOptions
@@ -29,6 +29,7 @@ from fxgraft.runtime.engine.prefix import seed_key
 from fxgraft.runtime.engine.request import OnTokens, Request
 from fxgraft.runtime.engine.setup import Limits, build_model
 from fxgraft.runtime.engine.stats import Counters, EngineStats
+from fxgraft.state import PROMPT_LENGTH
 from fxgraft.stepping import ProgramFacts
 
 
@@ -91,7 +92,7 @@ class Engine:
         prompt: Sequence[int],
         sampling: SamplingOptions,
         *,
-        inputs: Mapping[str, float] | None = None,
+        inputs: Mapping[str, float | str] | None = None,
         on_tokens: OnTokens | None = None,
     ) -> Request:
         """Add a request; it waits until there is room.
@@ -99,19 +100,21 @@ class Engine:
         Args:
             prompt: token ids, at least one.
             sampling: how to continue it; ``eos_token_id`` None takes the model's.
-            inputs: values of model inputs with one value per row.
+            inputs: values of model inputs with one value per row, or their names.
             on_tokens: called in the engine's thread with the request and its new tokens, and with
                 no tokens when it ends otherwise.
 
         Raises:
             InputError: the prompt is empty, too long or has unknown tokens, or an input does not
-                exist.
+                exist or does not take the value.
         """
         number = next(self._numbers)
         if sampling.eos_token_id is None:
             sampling = sampling.model_copy(update={"eos_token_id": self.facts.eos_token_ids})
-        given = dict(inputs or {})
-        self._limits.check(prompt, sampling, given)
+        self._limits.check(prompt, sampling)
+        given = self._limits.values(inputs or {})
+        if any(spec.name == PROMPT_LENGTH for spec in self.model.paged.request_inputs):
+            given.setdefault(PROMPT_LENGTH, len(prompt))
         request = Request(
             f"request-{number}", tuple(prompt), sampling, given, on_tokens, order=number
         )
@@ -146,6 +149,8 @@ class Engine:
         self._admit()
         self._change_ops()
         self._take_in()
+        if not self._ahead:
+            self._collect(keep=0)  # the first token need not wait for the others' next ones
         launched = self._generate()
         self._collect(keep=1 if self._ahead and launched else 0)
         self.counters.steps += 1
@@ -168,6 +173,7 @@ class Engine:
             slots_total=self.memory.slots_total,
             slots_used=self.memory.slots_used,
             layer_ops=self._layer_ops(),
+            policy={} if self._conversion is None else self._conversion.gauges(),
             **counts,
         )
 
@@ -189,7 +195,9 @@ class Engine:
         """First come, first served; requests that lost their state come before all others."""
         while self.waiting and self._room():
             request = self.waiting[0]
-            if not self.memory.can_open(len(request.known)):
+            self._choose_start(request)
+            active = active_ops(self.model.paged, request.choices)
+            if not self.memory.can_open(len(request.known), active):
                 return
             self.waiting.popleft()
             self._open(request)
@@ -200,8 +208,9 @@ class Engine:
     def _open(self, request: Request) -> None:
         if request.started is None:
             request.started = time.monotonic()
-        request.holding = self.memory.open(seed_key(request.inputs, request.choices))
-        self._keep_choices(request)
+        seed = seed_key(request.inputs, request.choices)
+        active = active_ops(self.model.paged, request.choices)
+        request.holding = self.memory.open(seed, active)
         reused = self.prefill.add(request)
         if not request.tokens:
             request.reused_tokens = reused
@@ -209,18 +218,19 @@ class Engine:
             self.counters.reused_tokens += reused
         request.status = "prefilling"
 
-    def _keep_choices(self, request: Request) -> None:
-        """A request that comes back goes on with the ops that it had."""
-        assert request.holding is not None
-        for name, options in self.model.paged.choices.items():
-            for option, ops in enumerate(options):
-                if option != request.choices[name]:
-                    for group, place in places(self.model.paged, ops):
-                        self.memory.drop_op(request.holding, group, place)
+    def _choose_start(self, request: Request) -> None:
+        """Ask the policy how a request begins; one that comes back goes on as it was."""
+        if self._conversion is not None and not request.preemptions:
+            prefilling = self.prefill.requests
+            request.choices |= self._conversion.start(request, len(self.waiting), prefilling)
 
     def _change_ops(self) -> None:
-        if self._conversion is not None and self.batch.count:
-            self._conversion.apply(queued=len(self.waiting))
+        if self._conversion is None or not self.batch.count:
+            return
+        for request in self._conversion.apply(len(self.waiting), self.prefill.requests):
+            self._collect(keep=0)
+            if request.row is not None:
+                self._preempt(request)
 
     def _take_in(self) -> None:
         """Take in a chunk of prompts; requests whose prompt is complete begin to generate."""
@@ -335,6 +345,8 @@ class Engine:
         self._release(request)
         if request in self.waiting:
             self.waiting.remove(request)
+        if self._conversion is not None:
+            self._conversion.ended(time.monotonic())
         self.counters.finished += 1
         self.counters.cancelled += request.finish_reason == "cancelled"
         self.counters.failed += request.finish_reason == "error"

@@ -13,6 +13,8 @@ from fxgraft.errors import InputError
 from fxgraft.paging import BlockGroup, PagedProgram
 from fxgraft.runtime.engine.blocks import GroupBlocks, Page
 
+Active = Sequence[npt.NDArray[np.bool_] | None]
+
 
 @dataclass(eq=False)
 class Holding:
@@ -21,7 +23,7 @@ class Holding:
     Attributes:
         pages: per group, the page of each run of ``block_size`` tokens; None where a bounded
             state no longer needs it.
-        active: per group, the ops that keep entries for this request.
+        active: per group, the ops that keep entries for this request, None for all.
         slot: slot of fixed state, 0 if the model has none.
         seed: key of the empty prefix.
         keys: keys of its prefixes, as far as they were computed.
@@ -76,20 +78,23 @@ class StateMemory:
         """Pages that hold this many tokens."""
         return -(-tokens // self.block_size)
 
-    def can_open(self, tokens: int) -> bool:
-        """Whether a request with this many tokens can be let in, with a page to spare."""
+    def can_open(self, tokens: int, active: Active | None = None) -> bool:
+        """Whether a request with this many tokens can be let in, with a page to spare.
+
+        Args:
+            tokens: of the request.
+            active: per group, the ops that would keep entries for it; None for all.
+        """
         pages = self.pages_for(tokens) + 1
-        enough = all(group.can_take(pages) for group in self.groups)
+        parts = zip(self.groups, active or [None] * len(self.groups), strict=True)
+        enough = all(group.can_take(pages, ops) for group, ops in parts)
         return enough and (not self.has_slots or bool(self._slots))
 
-    def open(self, seed: bytes) -> Holding:
+    def open(self, seed: bytes, active: Active | None = None) -> Holding:
         """A holding without pages; takes a slot where the model has fixed state."""
-        return Holding(
-            [[] for _ in self.groups],
-            [None] * len(self.groups),
-            self._slots.pop() if self.has_slots else 0,
-            seed,
-        )
+        kept = list(active or [None] * len(self.groups))
+        slot = self._slots.pop() if self.has_slots else 0
+        return Holding([[] for _ in self.groups], kept, slot, seed)
 
     def reuse(self, holding: Holding, keys: Sequence[bytes], limit: int) -> tuple[int, int | None]:
         """Take over the longest known prefix of at most ``limit`` tokens.
@@ -126,9 +131,10 @@ class StateMemory:
     def can_grow(self, holding: Holding, tokens: int) -> bool:
         """Whether a request can get the pages for this many tokens."""
         wanted = self.pages_for(tokens)
+        parts = zip(self.groups, holding.pages, holding.active, strict=True)
         return all(
-            group.can_take(wanted - len(pages))
-            for group, pages in zip(self.groups, holding.pages, strict=True)
+            group.can_take(wanted - len(pages), active)
+            for group, pages, active in parts
             if wanted > len(pages)
         )
 

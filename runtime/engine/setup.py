@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from fxgraft.errors import InputError
 from fxgraft.generation.options import SamplingOptions
 from fxgraft.paged_model import PagedModel
 from fxgraft.paging import PagedProgram, page_state
+from fxgraft.program import Input
 from fxgraft.runtime.engine.memory import StateMemory, block_counts
 from fxgraft.runtime.engine.options import EngineOptions
 from fxgraft.state import insert_state
@@ -92,9 +94,7 @@ class Limits:
     max_context: int
     paged: PagedProgram
 
-    def check(
-        self, prompt: Sequence[int], sampling: SamplingOptions, inputs: Mapping[str, float]
-    ) -> None:
+    def check(self, prompt: Sequence[int], sampling: SamplingOptions) -> None:
         """Refuse a request that can never be served.
 
         Raises:
@@ -116,10 +116,42 @@ class Limits:
                 f"{self.max_context}",
                 "shorten the prompt or ask for fewer tokens",
             )
-        known = {spec.name for spec in self.paged.request_inputs} - set(self.paged.choices)
-        unknown = sorted(set(inputs) - known)
+
+    def values(self, given: Mapping[str, float | str]) -> dict[str, float]:
+        """What a request sets, as numbers.
+
+        Args:
+            given: by name of the input, a number, or the name of one of the input's values.
+
+        Raises:
+            InputError: there is no such input, or it does not take that value.
+        """
+        known = {
+            spec.name: spec
+            for spec in self.paged.request_inputs
+            if spec.name not in self.paged.choices
+        }
+        unknown = sorted(set(given) - set(known))
         if unknown:
             raise InputError(
                 f"this model has no per-request input {unknown[0]!r}",
                 f"it has: {', '.join(sorted(known)) or 'none'}",
             )
+        return {name: _number(known[name], value) for name, value in given.items()}
+
+
+def _number(spec: Input, value: float | str) -> float:
+    if isinstance(value, str):
+        if value in spec.names:
+            return spec.names.index(value)
+        known = f"one of: {', '.join(spec.names)}" if spec.names else "a number"
+        raise InputError(f"per-request input {spec.name!r} is {value!r}", f"give {known}")
+    if not math.isfinite(value):
+        raise InputError(f"per-request input {spec.name!r} is {value}", "give a finite number")
+    if spec.high and not (value == int(value) and 0 <= value < spec.high):
+        raise InputError(
+            f"per-request input {spec.name!r} is {value}",
+            f"give a whole number from 0 to {spec.high - 1}"
+            + (f", or one of: {', '.join(spec.names)}" if spec.names else ""),
+        )
+    return value

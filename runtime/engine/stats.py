@@ -21,6 +21,7 @@ class EngineStats:
         steps: steps so far.
         step_seconds: duration of the last step.
         layer_ops: for each op that keeps state, how many running requests use which op.
+        policy: what the policy that changes ops tells of itself, by name.
     """
 
     queued: int = 0
@@ -41,6 +42,7 @@ class EngineStats:
     steps: int = 0
     step_seconds: float = 0.0
     layer_ops: Mapping[int, Mapping[str, int]] = field(default_factory=dict[int, Mapping[str, int]])
+    policy: Mapping[str, float] = field(default_factory=dict[str, float])
 
 
 @dataclass

@@ -48,8 +48,9 @@ class Figure:
 
     @property
     def change(self) -> float:
-        """Relative change from a to b."""
-        return self.b / self.a - 1.0 if self.a and math.isfinite(self.a) else math.nan
+        """Relative change from a to b; NaN where one is unknown, zero, or was cut off."""
+        known = self.a and math.isfinite(self.a) and math.isfinite(self.b)
+        return self.b / self.a - 1.0 if known else math.nan
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from heapq import heappop, heappush
 from typing import Protocol
 
-from fxgraft.errors import Error
+from fxgraft.errors import Error, InputError
 from fxgraft.runtime.hermes.client import BREAK_COLUMNS, GAP_COLUMNS, STEP_COLUMNS, Client
 from fxgraft.runtime.hermes.events import ARRIVAL, CALL, FLOW, STEP, TIMEOUT, EventQueue
 from fxgraft.runtime.hermes.log import Array, Rows
@@ -36,6 +36,7 @@ REQUEST_COLUMNS = (
 STAGE_COLUMNS = ("request", "stage", "kind", "client", "assigned", "started", "ended")
 LOGS = ("requests", "stages", "steps", "gaps", "breaks", "transfers")
 _KIND_NUMBERS = {kind: number for number, kind in enumerate(KINDS)}
+_STATE_NUMBERS = {state: number for number, state in enumerate(TERMINAL)}
 _TIE = 1e-12
 
 
@@ -121,6 +122,7 @@ class Coordinator:
         self._observer = observer
         self._upcoming = self._limit = math.inf
         self._tie = math.inf, math.inf
+        self._stepping = ""
         for index, client in enumerate(self.clients):
             client.attach(index, self)
 
@@ -131,11 +133,16 @@ class Coordinator:
 
         Raises:
             Error: nothing can happen any more although requests are left; says who waits for what.
+            InputError: a step lies outside the validity of its client's cost table.
         """
         was_enabled = gc.isenabled()
         gc.disable()  # requests are freed by their reference counts; passes over them cost 6 %
         try:
             self._run()
+        except InputError as error:  # a price outside its table
+            raise InputError(
+                f"client {self._stepping}, at {self.now:g} s: {error.problem}", error.remedy
+            ) from error
         finally:
             if was_enabled:
                 gc.enable()
@@ -174,10 +181,14 @@ class Coordinator:
         """Let a client run steps as long as nothing else happens in between; returns how many."""
         heap, limit, observer = self.events.heap, self._limit, self._observer
         number = 0
+        self._stepping = client.name
         while True:
             self.now = time
             number += 1
-            following = client.on_step(time, heap[0][0] if heap and heap[0][0] < limit else limit)
+            until = limit
+            if heap and heap[0][0] < until:
+                until = heap[0][0]
+            following = client.on_step(time, until)
             if observer is not None:
                 observer(self)
             if following is None:
@@ -195,8 +206,9 @@ class Coordinator:
     def _next(self) -> Request | None:
         upcoming = self.source.next()
         self._upcoming = upcoming.arrival if upcoming is not None else math.inf
-        self._tie = self._upcoming * (1.0 - _TIE), self._upcoming * (1.0 + _TIE)
-        self._limit = min(self._tie[0], self.horizon)
+        before = self._upcoming * (1.0 - _TIE)
+        self._tie = before, self._upcoming * (1.0 + _TIE)
+        self._limit = before if before < self.horizon else self.horizon
         return upcoming
 
     def _handle(self, kind: int, subject: object, detail: object) -> None:
@@ -259,7 +271,7 @@ class Coordinator:
         self.requests.append(
             (
                 request.index, request.workload, request.arrival, self.now,
-                TERMINAL.index(state), request.asked, request.wanted(),
+                _STATE_NUMBERS[state], request.asked, request.wanted(),
                 request.total_emitted, request.first_token, request.decode_span,
                 request.decode_gaps, request.max_gap, request.queue_time, request.transfer_time,
                 request.preemptions, request.recomputed, request.reused, request.position,

@@ -35,6 +35,31 @@ class StepCost(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class WithWatts:
+    """A cost without energy, and the power that its steps draw."""
+
+    cost: StepCost
+    watts: float
+
+    def price(
+        self,
+        prefills: Sequence[tuple[int, int]] = (),
+        decodes: int = 0,
+        decode_context: int = 0,
+    ) -> Price:
+        """Price of a step."""
+        price = self.cost.price(prefills, decodes, decode_context)
+        return price._replace(joules=price.seconds * self.watts)
+
+    def decode_line(self, decodes: int, decode_context: int) -> DecodeLine:
+        """The same line, with joules."""
+        line = self.cost.decode_line(decodes, decode_context)
+        return line._replace(
+            joules=line.seconds * self.watts, joules_per_key=line.seconds_per_key * self.watts
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class AffineCost:
     """A closed form, for tests and for first estimates; seconds per unit.
 

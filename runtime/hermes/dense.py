@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from fxgraft.cost_table import Price
-from fxgraft.cost_table_prices import DecodeLine
+from fxgraft.cost_table_prices import DecodeLine, new_line, new_price
 from fxgraft.devices import Device
 from fxgraft.element_types import BITS
 from fxgraft.errors import InputError
@@ -60,6 +61,7 @@ class Efficiency:
         decode_attention: memory traffic of attention of single queries.
         elementwise: memory traffic of norms, activations and residual additions.
         communication: bandwidth of links.
+        latency: of links; a factor on their latency, which may be above or below 1.
         layer_seconds: of each layer in every step.
         step_seconds: of every step.
         token_seconds, sequence_seconds: of every step for each new token and each sequence.
@@ -71,6 +73,7 @@ class Efficiency:
     decode_attention: float = 0.75
     elementwise: float = 0.75
     communication: float = 0.75
+    latency: float = 1.0
     layer_seconds: float = 0.0
     step_seconds: float = 0.0
     token_seconds: float = 0.0
@@ -134,9 +137,13 @@ class DenseCost:
     activations: str = "bfloat16"
     devices: int = 1
     efficiency: Efficiency = Efficiency()
-    _by_tokens: dict[tuple[int, int], tuple[float, float]] = field(
-        default_factory=dict[tuple[int, int], tuple[float, float]], compare=False, repr=False
+    _by_tokens: dict[int, tuple[float, float]] = field(
+        default_factory=dict[int, tuple[float, float]], compare=False, repr=False
     )
+    _by_sequences: dict[int, tuple[float, float]] = field(
+        default_factory=dict[int, tuple[float, float]], compare=False, repr=False
+    )
+    _rates: tuple[float, ...] = field(default=(), init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for dtype in (self.weights, self.state, self.activations):
@@ -145,6 +152,7 @@ class DenseCost:
         if self.devices > 1 and self.device.link is None:
             raise InputError(f"device {self.device.name!r} has no links, so {self.devices} cannot "
                              "share a model", "use one device")  # fmt: skip
+        object.__setattr__(self, "_rates", self._attention_rates())
 
     @property
     def _arithmetic(self) -> str:
@@ -171,26 +179,32 @@ class DenseCost:
         decode_context: int = 0,
     ) -> Price:
         """Price of a step."""
-        sequences = len(prefills) + decodes
+        tokens, sequences = decodes, len(prefills) + decodes
         if not sequences:
             return Price(0.0, 0.0)
-        tokens = decodes + sum([new for new, _ in prefills])
-        seconds, joules = self.without_attention(tokens, sequences)
+        each, moved, static, by_pair, by_key, key_seconds, key_joules = self._rates
+        seconds, joules = key_seconds * decode_context, key_joules * decode_context
         for new, cached in prefills:
-            more, energy = self.prefill_attention(new, cached)
-            seconds, joules = seconds + more, joules + energy
-        if decodes:
-            more, energy = self.decode_attention(decode_context)
-            seconds, joules = seconds + more, joules + energy
-        return Price(seconds, joules)
+            tokens += new
+            pairs, keys = new * (cached + 0.5 * new), new + cached
+            more, moving = pairs * each, keys * moved
+            if moving > more:
+                more = moving
+            seconds += more
+            joules += static * more + by_pair * pairs + by_key * keys
+        by_tokens = self._by_tokens.get(tokens) or self._of_tokens(tokens)
+        by_sequences = self._by_sequences.get(sequences) or self._of_sequences(sequences)
+        seconds += by_tokens[0] + by_sequences[0]
+        return new_price(Price, (seconds, joules + by_tokens[1] + by_sequences[1], False))
 
     def decode_line(self, decodes: int, decode_context: int) -> DecodeLine:
         """Attention of decodes is proportional to their context: one line without end."""
-        here = self.price((), decodes, decode_context)
-        seconds, joules = self.decode_attention(1)
-        return DecodeLine(
-            decode_context, NO_LIMIT, here.seconds, seconds, here.joules or 0.0, joules
-        )
+        *_, slope, energy_slope = self._rates
+        seconds, joules = self.without_attention(decodes, decodes)
+        seconds += slope * decode_context
+        joules += energy_slope * decode_context
+        found = decode_context, NO_LIMIT, seconds, slope, joules, energy_slope
+        return new_line(DecodeLine, found)
 
     def _joules(self, work: _Work) -> float:
         busy = COMPUTE * work.compute + MEMORY * work.memory + NETWORK * work.network
@@ -198,41 +212,55 @@ class DenseCost:
 
     def without_attention(self, tokens: int, sequences: int) -> tuple[float, float]:
         """Seconds and joules of a step but for its attention."""
-        found = self._by_tokens.get((tokens, sequences))
-        if found is None:
-            work = _Work()
-            self._linears(work, tokens)
-            self._head(work, sequences)
-            self._elementwise(work, tokens)
-            self._all_reduces(work, tokens)
-            share = self.efficiency
-            work.seconds += share.step_seconds + self.model.layers * share.layer_seconds
-            work.seconds += share.token_seconds * tokens + share.sequence_seconds * sequences
-            found = work.seconds, self._joules(work)
-            self._by_tokens[tokens, sequences] = found
+        by_tokens = self._by_tokens.get(tokens) or self._of_tokens(tokens)
+        by_sequences = self._by_sequences.get(sequences) or self._of_sequences(sequences)
+        return by_tokens[0] + by_sequences[0], by_tokens[1] + by_sequences[1]
+
+    def _of_tokens(self, tokens: int) -> tuple[float, float]:
+        """The blocks without their attention, and what every step takes."""
+        work, share = _Work(), self.efficiency
+        self._linears(work, tokens)
+        self._elementwise(work, tokens)
+        self._all_reduces(work, tokens)
+        work.seconds += share.step_seconds + self.model.layers * share.layer_seconds
+        work.seconds += share.token_seconds * tokens
+        self._by_tokens[tokens] = found = work.seconds, self._joules(work)
         return found
 
-    def _linear(self, work: _Work, tokens: int, inputs: int, outputs: int, times: int) -> None:
-        """``times`` alike linear layers, divided over the devices."""
-        peak = self.device.peak(self._arithmetic)
-        moved = inputs * outputs * bytes_of(self.weights) / self.devices
-        moved += tokens * (inputs + outputs / self.devices) * bytes_of(self.activations)
-        share = self.efficiency
-        work.add(
-            times * 2 * tokens * inputs * outputs / self.devices / peak,
-            times * moved / self.device.bandwidth,
-            share.linear_compute,
-            share.linear_memory,
-        )
+    def _of_sequences(self, sequences: int) -> tuple[float, float]:
+        """The logits."""
+        work = _Work()
+        self._head(work, sequences)
+        work.seconds += self.efficiency.sequence_seconds * sequences
+        self._by_sequences[sequences] = found = work.seconds, self._joules(work)
+        return found
 
     def _linears(self, work: _Work, tokens: int) -> None:
+        """The linear layers of all blocks, each divided over the devices."""
+        share, layers, devices = self.efficiency, self.model.layers, self.devices
+        operation = 2 / devices / self.device.peak(self._arithmetic)
+        weight = bytes_of(self.weights) / devices / self.device.bandwidth
+        value = bytes_of(self.activations) / self.device.bandwidth
+        for inputs, outputs in self._shapes:
+            moving = inputs * outputs * weight + tokens * (inputs + outputs / devices) * value
+            work.add(
+                layers * tokens * inputs * outputs * operation,
+                layers * moving,
+                share.linear_compute,
+                share.linear_memory,
+            )
+
+    @cached_property
+    def _shapes(self) -> tuple[tuple[int, int], ...]:
+        """Inputs and outputs of a block's linear layers; those with the same input are merged."""
         model = self.model
         width = model.heads * model.head_dim
-        merged = width + 2 * model.kv_heads * model.head_dim
-        self._linear(work, tokens, model.hidden, merged, model.layers)
-        self._linear(work, tokens, width, model.hidden, model.layers)
-        self._linear(work, tokens, model.hidden, 2 * model.intermediate, model.layers)
-        self._linear(work, tokens, model.intermediate, model.hidden, model.layers)
+        return (
+            (model.hidden, width + 2 * model.kv_heads * model.head_dim),
+            (width, model.hidden),
+            (model.hidden, 2 * model.intermediate),
+            (model.intermediate, model.hidden),
+        )
 
     def _head(self, work: _Work, sequences: int) -> None:
         """Logits of the last token of each sequence; the head stays in the activations' type."""
@@ -264,28 +292,34 @@ class DenseCost:
         if link is None:
             return
         rate = link.bandwidth * self.efficiency.communication
-        one = all_reduce(self.devices, size, rate, link.latency)
+        one = all_reduce(self.devices, size, rate, link.latency * self.efficiency.latency)
         work.seconds += 2 * self.model.layers * one
         work.network += 2 * self.model.layers * one
 
     def prefill_attention(self, new: int, cached: int) -> tuple[float, float]:
         """Seconds and joules of attention over a prompt's new and cached tokens."""
-        model = self.model
-        operations = 4 * model.layers * model.heads * model.head_dim * new * (cached + new / 2)
-        return self._attention(operations, model.kv_bytes(self.state) * (new + cached))
+        return self._attention(new * (cached + 0.5 * new), new + cached)
 
     def decode_attention(self, context: int) -> tuple[float, float]:
         """Seconds and joules of attention of single queries over so many keys in all."""
-        model = self.model
-        operations = 4 * model.layers * model.heads * model.head_dim * context
-        return self._attention(operations, model.kv_bytes(self.state) * context)
+        return self._attention(context, context)
 
-    def _attention(self, operations: float, moved: float) -> tuple[float, float]:
-        work = _Work()
-        work.add(
-            operations / self.devices / self.device.peak(self.activations),
-            moved / self.devices / self.device.bandwidth,
-            self.efficiency.prefill_attention,
-            self.efficiency.decode_attention,
-        )
-        return work.seconds, self._joules(work)
+    def _attention(self, pairs: float, keys: float) -> tuple[float, float]:
+        each, moved, static, by_pair, by_key = self._rates[:5]
+        seconds = max(pairs * each, keys * moved)
+        return seconds, static * seconds + by_pair * pairs + by_key * keys
+
+    def _attention_rates(self) -> tuple[float, float, float, float, float, float, float]:
+        """Of attention: seconds per pair of a query and a key, and per key that is read; watts that
+        are always drawn; joules per pair and per key; seconds and joules of one query per key."""
+        model, device, share = self.model, self.device, self.efficiency
+        operations = 4 * model.layers * model.heads * model.head_dim / self.devices
+        pair = operations / device.peak(self.activations)
+        key = model.kv_bytes(self.state) / self.devices / device.bandwidth
+        each, moved = pair / share.prefill_attention, key / share.decode_attention
+        watts = device.watts * self.devices
+        static, by_pair, by_key = watts * STATIC, watts * COMPUTE * pair, watts * MEMORY * key
+        slowest = max(each, moved)
+        return (
+            each, moved, static, by_pair, by_key, slowest, static * slowest + by_pair + by_key
+        )  # fmt: skip

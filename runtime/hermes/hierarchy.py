@@ -101,7 +101,9 @@ class Store:
         self.used -= self.sizes.pop(key, 0.0)
         if size > self.capacity:
             return
+        while self.sizes and self.used + size > self.capacity:
+            self.used -= self.sizes.popitem(last=False)[1]
+        if not self.sizes:
+            self.used = 0.0  # what rounding left
         self.sizes[key] = size
         self.used += size
-        while self.used > self.capacity:
-            self.used -= self.sizes.popitem(last=False)[1]

@@ -38,14 +38,18 @@ class QueueClient(Client):
         self.batch = batch
         self.watts = watts
         self._queue: deque[Request] = deque()
-        # Steps under way: end, number, start, requests.
-        self._running: list[tuple[float, int, float, list[Request]]] = []
+        # Steps under way: end, number, start, requests, joules.
+        self._running: list[tuple[float, int, float, list[Request], float]] = []
         self._number = 0
         self._served_seconds = 0.0
 
     @abstractmethod
     def duration(self, requests: list[Request]) -> float:
         """Seconds of a step; asked once per step, when it starts."""
+
+    def joules(self, requests: list[Request], seconds: float) -> float:
+        """Energy of a step; asked right after ``duration``."""
+        return seconds * self.watts
 
     @abstractmethod
     def apply(self, request: Request) -> None:
@@ -70,8 +74,8 @@ class QueueClient(Client):
         """Steps end, servers that are free take the next requests."""
         running = self._running
         while running and running[0][0] <= now:
-            _, _, start, requests = heapq.heappop(running)
-            self._account(start, now, len(requests), 1)
+            _, _, start, requests, joules = heapq.heappop(running)
+            self._account(start, now, len(requests), 1, joules)
             for request in requests:
                 self.apply(request)
                 self.assigned -= 1
@@ -89,19 +93,20 @@ class QueueClient(Client):
             request.started = now
             request.queue_time += now - request.arrived
         self._number += 1
-        end = now + self.duration(requests)
-        heapq.heappush(self._running, (end, self._number, now, requests))
+        seconds = self.duration(requests)
+        joules = self.joules(requests, seconds)
+        heapq.heappush(self._running, (now + seconds, self._number, now, requests, joules))
 
-    def _account(self, start: float, end: float, requests: int, steps: int) -> None:
-        joules = (end - start) * self.watts
+    def _account(self, start: float, end: float, requests: int, steps: int, joules: float) -> None:
         self._served_seconds += end - start
         row = (self.index, start, end, steps, end - start, 0, requests, 0, 0, 0)
         self.hub.steps.append((*row, len(self._queue), 0, joules, 0, 0))
 
     def stop(self, now: float) -> None:
         """Account for steps under way up to now."""
-        for _, _, start, _ in self._running:
-            self._account(start, now, 0, 0)
+        for end, _, start, _, joules in self._running:
+            share = (now - start) / (end - start) if end > start else 1.0
+            self._account(start, now, 0, 0, joules * share)
         self._running.clear()
 
     def waiting_for(self) -> str:

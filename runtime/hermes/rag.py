@@ -21,7 +21,7 @@ class RagClient(QueueClient):
         rerank: price of a forward pass of a ranking model, per document and query.
         vector_link: between the embedding model's device and the index's.
         batch: most queries of a step.
-        watts: drawn in a step.
+        watts: drawn in a step, but for forward passes whose price has joules.
     """
 
     kind = "rag"
@@ -62,36 +62,47 @@ class RagClient(QueueClient):
 
     def duration(self, requests: list[Request]) -> float:
         """A step runs each part for those of its requests that want it, one part after another."""
+        return self._price(requests)[0]
+
+    def joules(self, requests: list[Request], seconds: float) -> float:
+        """What the forward passes say, and the client's power for the rest of the time."""
+        return self._price(requests)[1]
+
+    def _price(self, requests: list[Request]) -> tuple[float, float]:
         by_kind: dict[str, list[Request]] = {}
         for request in requests:
             by_kind.setdefault(request.chain[request.position].kind, []).append(request)
         whole = by_kind.get(RAG, [])
-        seconds = self._embed_seconds(whole + by_kind.get(EMBED, []))
+        seconds = 0.0
         if whole and self.vector_link:
             size = len(whole) * self.vector_bytes
             seconds += self.vector_link.latency + size / self.vector_link.rate
         searches = len(whole) + len(by_kind.get(RETRIEVE, []))
         if self.index_search and searches:
             seconds += self.index_search.seconds(searches)
-        return seconds + self._rerank_seconds(whole + by_kind.get(RERANK, []))
-
-    def _embed_seconds(self, requests: list[Request]) -> float:
-        if not self.embed or not requests:
-            return 0.0
-        return self.embed.price([(request.prompt, 0) for request in requests]).seconds
-
-    def _rerank_seconds(self, requests: list[Request]) -> float:
-        """A ranking model reads each document once."""
-        if not self.rerank:
-            return 0.0
-        passes: list[tuple[int, int]] = []
-        for request in requests:
-            stage = request.chain[request.position]
-            passes += [(stage.tokens_per_doc, 0)] * stage.docs
-        return self.rerank.price(passes).seconds
+        joules = seconds * self.watts
+        passes = (
+            (self.embed, [(r.prompt, 0) for r in whole + by_kind.get(EMBED, [])]),
+            (self.rerank, _documents(whole + by_kind.get(RERANK, []))),
+        )
+        for cost, prompts in passes:
+            if cost and prompts:
+                price = cost.price(prompts)
+                seconds += price.seconds
+                joules += price.joules or price.seconds * self.watts
+        return seconds, joules
 
     def apply(self, request: Request) -> None:
         """Found documents become part of the prompt."""
         stage = request.chain[request.position]
         if stage.kind in (RAG, RETRIEVE):
             request.prompt += stage.docs * stage.tokens_per_doc
+
+
+def _documents(requests: list[Request]) -> list[tuple[int, int]]:
+    """A ranking model reads each document once."""
+    found: list[tuple[int, int]] = []
+    for request in requests:
+        stage = request.chain[request.position]
+        found += [(stage.tokens_per_doc, 0)] * stage.docs
+    return found

@@ -28,8 +28,8 @@ class StorageClient(QueueClient):
     """A hierarchy of stores.
 
     In the mode *expectation* every lookup takes the expected time: for means only. In *sampled*
-    each draws where it hits; in *contents* it looks its key up in stores of finite capacity, and
-    what was missed is kept.
+    each draws where it hits; in *contents* it looks its key up in stores of finite capacity. What
+    a level missed is in it when the lookup has ended, and the least recently used contexts leave.
 
     Args:
         name, place, idle_watts, dollars_per_hour: see ``Client``.
@@ -80,6 +80,8 @@ class StorageClient(QueueClient):
         self.sharing = sharing
         self._links = list(links) or [(name, number) for number in range(len(self.levels))]
         self._random = np.random.default_rng(seed)
+        # Keys, sizes and levels of the lookups under way.
+        self._found: dict[Request, tuple[int, float, int]] = {}
         self._moving = 0
         self._busy_since = 0.0
         self.hits = [0] * (len(self.levels) + 1)
@@ -113,16 +115,18 @@ class StorageClient(QueueClient):
             return len(levels)
         found = next((i for i, store in enumerate(self.stores) if store.has(key, size)), None)
         place = len(levels) if found is None else found
-        for store in self.stores[:place]:
-            store.put(key, size)
+        self._found[request] = key, size, place
         return place
 
     def _recompute_seconds(self, tokens: int) -> float:
         return self.recompute.price([(tokens, 0)]).seconds if self.recompute and tokens else 0.0
 
     def apply(self, request: Request) -> None:
-        """The context becomes part of the prompt."""
+        """The context becomes part of the prompt, and stays in the levels that missed it."""
         request.prompt += context_of(request)
+        key, size, place = self._found.pop(request, (-1, 0.0, 0))
+        for store in self.stores[:place]:
+            store.put(key, size)
 
     # -- one step for all that wait
 
@@ -179,7 +183,7 @@ class StorageClient(QueueClient):
     def _end_alone(self, request: Request, now: float) -> None:
         self._moving -= 1
         if self._moving == 0:
-            self._account(self._busy_since, now, 1, 1)
+            self._account_moves(now, 1)
         self.apply(request)
         self.assigned -= 1
         self.served += 1
@@ -189,7 +193,12 @@ class StorageClient(QueueClient):
         """Account for steps and lookups under way up to now."""
         super().stop(now)
         if self._moving:
-            self._account(self._busy_since, now, 0, 0)
+            self._account_moves(now, 0)
+
+    def _account_moves(self, now: float, number: int) -> None:
+        """Log the time during which lookups were under way."""
+        joules = (now - self._busy_since) * self.watts
+        self._account(self._busy_since, now, number, number, joules)
 
 
 def context_of(request: Request) -> int:

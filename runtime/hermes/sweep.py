@@ -65,7 +65,9 @@ def _with_ray(file: Path, points: Sequence[dict[str, object]]) -> list[Point]:
     try:
         import ray  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise InputError("this sweep needs ray", "pip install ray, or use processes") from error
+        raise InputError(
+            "this sweep needs ray", "pip install 'fxgraft[ray]', or use processes"
+        ) from error
     module: Any = ray
     started = not module.is_initialized()
     if started:

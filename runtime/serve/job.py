@@ -47,7 +47,10 @@ class Job:
         self._choices: dict[TokenStream, _Choice] = {}
 
     def submit(
-        self, prompt: Sequence[int], sampling: SamplingOptions, inputs: Mapping[str, float] | None
+        self,
+        prompt: Sequence[int],
+        sampling: SamplingOptions,
+        inputs: Mapping[str, float | str] | None,
     ) -> None:
         """Add a choice."""
         stream = self._worker.submit(prompt, sampling, inputs, self._inbox, self._arrived)

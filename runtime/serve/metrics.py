@@ -98,6 +98,8 @@ class _EngineCollector(Collector):
         stats = self._stats()
         for name, meaning in _GAUGES.items():
             yield GaugeMetricFamily(f"fxgraft_{name}", meaning, value=getattr(stats, name))
+        for name, value in stats.policy.items():
+            yield GaugeMetricFamily(f"fxgraft_{name}", "From the policy of layers", value=value)
         for name, meaning in _COUNTERS.items():
             yield CounterMetricFamily(f"fxgraft_{name}", meaning, value=getattr(stats, name))
 

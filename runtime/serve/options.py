@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import ConfigDict, Field, ValidationError
 
 from fxgraft.errors import InputError
+from fxgraft.runtime.dsla_serve import Rules
 from fxgraft.runtime.engine import EngineOptions
 from fxgraft.validation import Loc, Where, nowhere, readable
 
@@ -33,6 +34,10 @@ class ServeOptions(EngineOptions):
     """Seconds after which a request is ended."""
     grace_period: float = Field(default=30.0, ge=0)
     """Seconds that running requests have to finish after SIGTERM."""
+    dsla: Rules | None = None
+    """Rules by which layers of running requests become linear; needs pass dsla with `live`."""
+    dsla_log: str | None = Field(default=None, min_length=1)
+    """File to which each decision of these rules is appended, for `replay`."""
 
     @property
     def capacity(self) -> int:

@@ -44,7 +44,7 @@ class Generation(BaseModel):
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    inputs: dict[str, float] | None = None
+    inputs: dict[str, float | str] | None = None
 
     frequency_penalty: float | None = None
     presence_penalty: float | None = None

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
 
 from fxgraft.backend import Compiled, find_backend
+from fxgraft.errors import InputError
+from fxgraft.runtime.dsla_serve import DslaServe
 from fxgraft.runtime.engine import Engine, LayerPolicy
 from fxgraft.runtime.serve.app import create_app
 from fxgraft.runtime.serve.model import ServedModel, layer_facts
 from fxgraft.runtime.serve.options import ServeOptions
+from fxgraft.stepping import ProgramFacts
 
 
 def serving_backend(name: str) -> str:
@@ -41,7 +45,7 @@ def app_of(
         name: of the model in requests, unless the options have a ``served_name``.
         options: limits, timeouts, and those of the engine.
         keys: API keys; none lets in everybody.
-        policy: changes ops of running requests.
+        policy: changes ops of running requests; default what the options' ``dsla`` says.
 
     Raises:
         LoweringError: the backend cannot run paged graphs.
@@ -53,6 +57,7 @@ def app_of(
         >>> serve(app, ServeOptions(), print)
     """
     chosen = options or ServeOptions()
+    policy = policy or _policy(compiled, chosen)
     engine = Engine(compiled, chosen.engine, tokenizer=tokenizer, policy=policy)
     engine.warm_up()
     layers, op_layers = layer_facts(compiled.program)
@@ -66,3 +71,31 @@ def app_of(
         op_layers=op_layers,
     )
     return create_app(engine, tokenizer, model, chosen, keys)
+
+
+def _policy(compiled: Compiled, options: ServeOptions) -> LayerPolicy | None:
+    """The policy of the ``dsla`` section, if there is one.
+
+    Raises:
+        InputError: the model has no layers to convert, its longest request is not known, or the
+            log cannot be written.
+    """
+    if options.dsla is None:
+        return None
+    context = options.max_context or ProgramFacts(compiled.program).context_length
+    if context is None:
+        raise InputError("the model does not say how long its context is", "set max_context")
+    log = None if options.dsla_log is None else _appender(Path(options.dsla_log))
+    return DslaServe(compiled.program, options.dsla, context, log)
+
+
+def _appender(path: Path) -> Callable[[str], object]:
+    """Appends lines to a file."""
+    try:
+        file = path.open("a", encoding="utf-8", buffering=1)
+    except OSError as error:
+        raise InputError(
+            f"key 'dsla_log': {path} cannot be written: {error.strerror}",
+            "give a file in a folder that you may write to",
+        ) from error
+    return lambda line: file.write(f"{line}\n")

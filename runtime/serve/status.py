@@ -70,6 +70,7 @@ def numbers(service: Service) -> dict[str, Any]:
         },
         "slots": {"total": stats.slots_total, "used": stats.slots_used},
         "layers": _layers(service),
+        "policy": dict(stats.policy),
     }
 
 

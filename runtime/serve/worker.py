@@ -135,7 +135,7 @@ class Worker:
         self,
         prompt: Sequence[int],
         sampling: SamplingOptions,
-        inputs: Mapping[str, float] | None,
+        inputs: Mapping[str, float | str] | None,
         inbox: Inbox,
         arrived: float,
     ) -> TokenStream:
@@ -198,7 +198,7 @@ class Worker:
         stream: TokenStream,
         prompt: Sequence[int],
         sampling: SamplingOptions,
-        inputs: Mapping[str, float] | None,
+        inputs: Mapping[str, float | str] | None,
     ) -> None:
         def on_tokens(request: Request, tokens: Sequence[int]) -> None:
             if tokens:

@@ -10,20 +10,26 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Unpack
+from typing import Any, ClassVar, Unpack, cast
 
 import torch
 
-from fxgraft import generation
+from fxgraft import generation, image_prompts
+from fxgraft import images as image_features
 from fxgraft.collectives import random_seed
 from fxgraft.errors import InputError, LoweringError, StateError
 from fxgraft.generation import SamplingKeywords, StepModel
+from fxgraft.image_prompts import InputStepModel
 from fxgraft.paged_model import RunPages
 from fxgraft.paging import PagedProgram
 from fxgraft.program import Program
 from fxgraft.report import Report
 from fxgraft.state import StepProgram, insert_state
 from fxgraft.stepping import RecomputeModel, check_steps
+
+
+def _eager(program: Program) -> Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]:
+    return lambda values: program.graph_module(*values)
 
 
 class Outputs(OrderedDict[str, torch.Tensor]):
@@ -151,12 +157,14 @@ class Compiled(ABC):
     @cached_property
     def step_model(self) -> StepModel:
         """The model step by step: with explicit state, or recomputing where that cannot be."""
+        program = image_features.language_model(self.program)
+        run = self.run if program is self.program else _eager(program)
         try:
-            step = insert_state(self.program)
-            check_steps(self.program, step)
+            step = insert_state(program)
+            check_steps(program, step)
         except StateError as error:
             self.state_problem = error.problem
-            return RecomputeModel(self.program, self.run)
+            return RecomputeModel(program, run)
         return self.lower_step(step)
 
     def generate(
@@ -164,6 +172,7 @@ class Compiled(ABC):
         input_ids: generation.TokenIds,
         attention_mask: torch.Tensor | None = None,
         *,
+        images: Mapping[str, torch.Tensor] | None = None,
         pad_token_id: int | None = None,
         tokenizer: Any = None,
         on_token: generation.Callback | None = None,
@@ -175,6 +184,8 @@ class Compiled(ABC):
         Args:
             input_ids: prompts, int64 [B, S] (left padded), or a list of token lists.
             attention_mask: 0 at padding, [B, S].
+            images: of a vision-language model, what its processor makes of the images of all
+                prompts in order, by name (``pixel_values``).
             pad_token_id: fills up ended rows.
             tokenizer: needed for ``stop_strings``.
             on_token: called with each step's new tokens, for streaming.
@@ -188,6 +199,8 @@ class Compiled(ABC):
             InputError: an empty or too long prompt, or options that make no sense.
         """
         model = self.step_model
+        if images is not None or image_features.find_merge(self.program) is not None:
+            model = image_prompts.with_images(self.program, cast(InputStepModel, model), images)
         if options.get("do_sample") and options.get("seed") is None:
             options["seed"] = random_seed(self.program)
         with self.while_generating():

@@ -10,7 +10,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch.fx import Node
 
-from fxgraft import interpreter
+from fxgraft import images, interpreter
 from fxgraft.errors import GraphError, NumericError
 from fxgraft.program import Program
 
@@ -68,6 +68,8 @@ def check_sizes(program: Program, index: int = 0) -> dict[str, int]:
     for name, allowed in program.dimensions.items():
         size = max(_SIZES[index].get(name, _OTHER_SIZES[index]), allowed.minimum)
         sizes[name] = min(size, allowed.maximum) if allowed.maximum else size
+    if "batch" in sizes and "sequence" in sizes:
+        sizes["sequence"] += -(-images.feature_count(program) // sizes["batch"])
     return sizes
 
 

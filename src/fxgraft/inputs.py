@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fxgraft import images
 from fxgraft.errors import InputError
 
 if TYPE_CHECKING:
@@ -102,10 +103,10 @@ def example(program: Program, seed: int, sizes: Mapping[str, int]) -> dict[str, 
             known = ", ".join(program.dimensions)
             raise InputError(f"no dynamic dimension {name!r}", f"the dimensions are: {known}")
     generator = torch.Generator().manual_seed(seed)
-    return {
-        spec.name: _random(program, spec, sizes, generator).to(program.device)
-        for spec in program.inputs
-    }
+    values = {spec.name: _random(program, spec, sizes, generator) for spec in program.inputs}
+    if "input_ids" in values:
+        images.write_tokens(program, values["input_ids"])
+    return {name: value.to(program.device) for name, value in values.items()}
 
 
 def _random(

@@ -233,23 +233,37 @@ class PipelineFile:
             PassError: a plug-in cannot be imported.
         """
         source = YamlSource.read(Path(path))
+        return PipelineFile.parse(source.value, source.file, source.where)
+
+    @staticmethod
+    def parse(value: object, path: Path, where: Where = nowhere) -> PipelineFile:
+        """Check the content of a pipeline file, which may stand inside another file.
+
+        Args:
+            value: the content.
+            path: the file; relative paths in the content are relative to its folder.
+            where: gives the place of a key in the file.
+
+        Raises:
+            InputError: see ``read``.
+            PassError: a plug-in cannot be imported.
+        """
         try:
-            keys = _Keys.model_validate(source.value, strict=True)
+            keys = _Keys.model_validate(value, strict=True)
         except ValidationError as error:
-            raise readable(error, _Keys, "the pipeline file", source.where) from error
-        folder = source.file.parent
+            raise readable(error, _Keys, "the pipeline file", where) from error
+        folder = path.parent
         items = list(enumerate(keys.passes))
         pipeline = Pipeline(
-            tuple(_parse_item(item, i, source.where, folder, strict=True) for i, item in items),
-            tuple(source.where(("passes", i)) for i, _ in items),
+            tuple(_parse_item(item, i, where, folder, strict=True) for i, item in items),
+            tuple(where(("passes", i)) for i, _ in items),
         )
         model = keys.model
         if model is not None and (folder / model).exists():
             model = str(folder / model)
         return PipelineFile(
-            source.file, pipeline, model, keys.backend, keys.options, keys.prompt, keys.serve,
-            source.where,
-        )  # fmt: skip
+            path, pipeline, model, keys.backend, keys.options, keys.prompt, keys.serve, where
+        )
 
 
 def json_schema() -> dict[str, Any]:

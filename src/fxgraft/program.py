@@ -36,6 +36,7 @@ class Input:
         shape: sizes; a string is the name of a dynamic dimension.
         default: what stands in when the caller leaves the input out.
         high: exclusive upper bound of random integers that are valid here (0: not an index).
+        names: what the integers 0, 1, ... stand for, where a caller may say it by name.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Input:
     shape: tuple[int | str, ...]
     default: Default = "required"
     high: int = 0
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

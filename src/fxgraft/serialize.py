@@ -158,19 +158,22 @@ def _encode_input(spec: Input) -> dict[str, Any]:
         "shape": list(spec.shape),
         "default": spec.default,
         "high": spec.high,
+        **({"names": list(spec.names)} if spec.names else {}),
     }
 
 
 def _decode_input(record: object, index: int) -> Input:
     where = f"input {index}"
     kinds = {"name": str, "dtype": str, "shape": list, "default": str, "high": int}
-    raw = fields(record, where, kinds)
+    raw = fields(record, where, kinds, {"names": list})
     if raw["default"] not in get_args(Default):
         raise SerializationError(
             f"{where} has the default {raw['default']!r}", "restore program.json"
         )
     shape = tuple(typed(size, f"a size of {where}", (int, str)) for size in raw["shape"])
-    return Input(raw["name"], dtype_of(raw["dtype"], where), shape, raw["default"], raw["high"])
+    names = tuple(typed(name, f"a name of {where}", str) for name in raw.get("names", []))
+    dtype = dtype_of(raw["dtype"], where)
+    return Input(raw["name"], dtype, shape, raw["default"], raw["high"], names)
 
 
 @dataclasses.dataclass(frozen=True)

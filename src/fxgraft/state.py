@@ -32,6 +32,9 @@ from fxgraft.symbolic import fake_inputs
 
 aten = torch.ops.aten
 _END = sys.maxsize
+PROMPT_LENGTH = "prompt_length"
+"""Input int64 [batch] of a Program that treats prompts and answers differently: the number of
+tokens of a row's prompt; 0 where all tokens so far belong to it."""
 # Ops that treat the rows of a [batch, sequence, ...] tensor alike, so that a row can be selected
 # before them instead of after them.
 _ROW_WISE = frozenset({
@@ -149,7 +152,7 @@ def _check_inputs(program: Program) -> None:
     unknown = {
         spec.name
         for spec in program.inputs
-        if spec.name not in known and not is_request_input(spec)
+        if spec.name not in known and not is_request_input(spec) and not is_token_input(spec)
     }
     if "input_ids" not in names or "logits" not in program.outputs:
         raise StateError(
@@ -166,6 +169,13 @@ def _check_inputs(program: Program) -> None:
 def is_request_input(spec: Input) -> bool:
     """Whether an input holds one value per row, such as a strength that a request may set."""
     return spec.shape[:1] == ("batch",) and all(isinstance(size, int) for size in spec.shape[1:])
+
+
+def is_token_input(spec: Input) -> bool:
+    """Whether an input holds a vector per token, such as features of an image."""
+    return (
+        spec.shape[:2] == ("batch", "sequence") and len(spec.shape) > 2 and spec.default == "zeros"
+    )
 
 
 def _check_causal(stateful: Sequence[tuple[Node, OpSpec]]) -> None:

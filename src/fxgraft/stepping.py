@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from fxgraft.errors import InputError, StateError
 from fxgraft.kernels.spec import dims
 from fxgraft.program import Input, Program
-from fxgraft.state import StepProgram
+from fxgraft.state import PROMPT_LENGTH, StepProgram, is_token_input
 
 Run = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
@@ -55,19 +56,21 @@ class StateModel(ProgramFacts):
 
     @torch.no_grad()
     def step(
-        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, state: list[Tensor]
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        state: list[Tensor],
+        inputs: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Take new tokens in; see ``StepModel.step``."""
         given = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "position_ids": position_ids,
+            **(inputs or {}),
         }
-        batch = input_ids.shape[0]
-        own = [
-            given[spec.name] if spec.name in given else neutral(spec, batch, input_ids.device)
-            for spec in self._own_inputs
-        ]
+        own = arranged(self._own_inputs, given)
         results = self.run([*own, *state])
         return results[0][:, -1], list(results[1:])
 
@@ -79,18 +82,51 @@ class StateModel(ProgramFacts):
         ]
 
 
-def neutral(spec: Input, batch: int, device: torch.device) -> Tensor:
-    """The value of an input with one value per row where nobody sets one."""
-    shape = (batch, *(int(size) for size in spec.shape[1:]))
+def arranged(specs: Sequence[Input], given: Mapping[str, Tensor]) -> list[Tensor]:
+    """Values of a step graph's own inputs in order; neutral ones where nothing is given.
+
+    Args:
+        specs: the inputs.
+        given: by name, ``input_ids`` among them.
+    """
+    ids = given["input_ids"]
+    batch, new = ids.shape
+    return [
+        given[spec.name] if spec.name in given else neutral(spec, batch, ids.device, new)
+        for spec in specs
+    ]
+
+
+def neutral(spec: Input, batch: int, device: torch.device, new: int = 1) -> Tensor:
+    """The value of an input with a value per row, or per new token, where nobody sets one."""
+    shape = (batch, *(new if size == "sequence" else int(size) for size in spec.shape[1:]))
     fill = torch.ones if spec.default == "ones" else torch.zeros
     return fill(shape, dtype=spec.dtype, device=device)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a model that keeps no state has seen.
+
+    Attributes:
+        tokens, positions: int64 [B, P].
+        prompt_lengths: int64 [B], real tokens of the first call.
+        inputs: values per token [B, P, ...] of the model's other inputs.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    prompt_lengths: Tensor
+    inputs: dict[str, Tensor]
 
 
 class RecomputeModel(ProgramFacts):
     """Runs the whole sequence again for every token: slow, and right for any causal model."""
 
     def __init__(self, program: Program, run: Run) -> None:
-        known = {"input_ids", "attention_mask", "position_ids"}
+        known = {"input_ids", "attention_mask", "position_ids", PROMPT_LENGTH}
+        self._per_token = [spec for spec in program.inputs if is_token_input(spec)]
+        known |= {spec.name for spec in self._per_token}
         others = [spec.name for spec in program.inputs if spec.name not in known]
         if others or "logits" not in program.outputs:
             raise InputError(
@@ -103,10 +139,10 @@ class RecomputeModel(ProgramFacts):
         self._run = run
         self._names = [spec.name for spec in program.inputs]
 
-    def empty_state(self, batch: int) -> tuple[Tensor, Tensor]:
+    def empty_state(self, batch: int) -> Seen:
         """No tokens and no positions yet."""
         empty = torch.empty(batch, 0, dtype=torch.int64)
-        return empty, empty
+        return Seen(empty, empty, torch.zeros(batch, dtype=torch.int64), {})
 
     @torch.no_grad()
     def step(
@@ -114,22 +150,51 @@ class RecomputeModel(ProgramFacts):
         input_ids: Tensor,
         attention_mask: Tensor,
         position_ids: Tensor,
-        state: tuple[Tensor, Tensor],
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        state: Seen,
+        inputs: Mapping[str, Tensor] | None = None,
+    ) -> tuple[Tensor, Seen]:
         """Take new tokens in; see ``StepModel.step``."""
-        tokens = torch.cat([state[0].to(input_ids.device), input_ids], 1)
-        positions = torch.cat([state[1].to(input_ids.device), position_ids], 1)
+        after = self._with_new(input_ids, attention_mask, position_ids, state, inputs or {})
         given = {
-            "input_ids": tokens,
+            "input_ids": after.tokens,
             "attention_mask": attention_mask,
-            "position_ids": positions,
+            "position_ids": after.positions,
+            PROMPT_LENGTH: after.prompt_lengths,
+            **after.inputs,
         }
         logits = self._run([given[name] for name in self._names])[0]
-        return logits[:, -1], (tokens, positions)
+        return logits[:, -1], after
 
-    def select(self, state: tuple[Tensor, Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _with_new(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        state: Seen,
+        inputs: Mapping[str, Tensor],
+    ) -> Seen:
+        device = input_ids.device
+        batch, new = input_ids.shape
+        lengths = state.prompt_lengths.to(device)
+        if state.tokens.shape[1] == 0:
+            lengths = attention_mask.sum(1)
+        values: dict[str, Tensor] = {}
+        for spec in self._per_token:
+            value = inputs.get(spec.name)
+            value = neutral(spec, batch, device, new) if value is None else value
+            before = state.inputs.get(spec.name)
+            values[spec.name] = value if before is None else torch.cat([before, value], 1)
+        return Seen(
+            torch.cat([state.tokens.to(device), input_ids], 1),
+            torch.cat([state.positions.to(device), position_ids], 1),
+            lengths,
+            values,
+        )
+
+    def select(self, state: Seen, rows: Tensor) -> Seen:
         """State of only these rows."""
-        return state[0][rows], state[1][rows]
+        values = {name: value[rows] for name, value in state.inputs.items()}
+        return Seen(state.tokens[rows], state.positions[rows], state.prompt_lengths[rows], values)
 
 
 def check_steps(program: Program, step: StepProgram) -> None:
@@ -150,6 +215,8 @@ def check_steps(program: Program, step: StepProgram) -> None:
         values["attention_mask"] = mask
     if "position_ids" in values:
         values["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    if PROMPT_LENGTH in values:
+        values[PROMPT_LENGTH] = torch.full_like(values[PROMPT_LENGTH], cuts[0])
     with torch.no_grad():
         whole = program.graph_module(*[values[spec.name] for spec in program.inputs])
     logits = whole[program.outputs.index("logits")]
@@ -157,9 +224,22 @@ def check_steps(program: Program, step: StepProgram) -> None:
     state, start = model.empty_state(2), 0
     for end in cuts:
         positions = values.get("position_ids", mask)[:, start:end]
-        got, state = model.step(values["input_ids"][:, start:end], mask[:, :end], positions, state)
+        tokens, inputs = values["input_ids"][:, start:end], other_inputs(step, values, start, end)
+        got, state = model.step(tokens, mask[:, :end], positions, state, inputs)
         _compare(got, logits[:, end - 1], tolerance(program), start, end)
         start = end
+
+
+def other_inputs(
+    step: StepProgram, values: Mapping[str, Tensor], start: int, end: int
+) -> dict[str, Tensor]:
+    """Values for tokens ``start`` to ``end`` of the inputs that not every language model takes."""
+    own = {"input_ids", "attention_mask", "position_ids"}
+    return {
+        spec.name: values[spec.name][:, start:end] if is_token_input(spec) else values[spec.name]
+        for spec in step.own_inputs
+        if spec.name not in own
+    }
 
 
 def tolerance(program: Program) -> float:

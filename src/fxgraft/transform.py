@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 import inspect
-import json
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from enum import StrEnum
-from pathlib import Path
-from typing import Any, ClassVar, Self, cast
-
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    ModelWrapValidatorHandler,
-    ValidationError,
-    ValidationInfo,
-    model_validator,
-)
+from typing import Any, ClassVar, cast
 
 from fxgraft import check as checks
 from fxgraft import contracts, facts, interpreter, structure
 from fxgraft import graph as graphs
 from fxgraft.errors import ContractError, Error, NothingMatchedError, PassError
 from fxgraft.history import Record
+from fxgraft.offline import OfflineStage
 from fxgraft.program import Program
-from fxgraft.validation import Where, located, nowhere, readable, resolve_paths
+from fxgraft.settings import Settings
+from fxgraft.validation import located
 
 
 class Effect(StrEnum):
@@ -43,7 +33,7 @@ class Effect(StrEnum):
     BEHAVIOUR = "behaviour"
 
 
-class Pass(BaseModel, ABC):
+class Pass(Settings, ABC):
     """A rewrite of a Program. Its fields are its configuration in Python, YAML and on disk.
 
     A subclass declares its effect, gives its fields types and defaults, and writes ``run``.
@@ -61,13 +51,11 @@ class Pass(BaseModel, ABC):
         looks_for: what it rewrites, for the message when nothing matches.
         may_match_nothing: finding nothing to do is reported in the history, not an error.
         no_neutral: why ``neutral()`` is None, for the few behaviour passes that have none.
+        offline: what makes the pass's artifact from data, for ``fxgraft calibrate``; None if
+            nothing does.
     """
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
-
-    name: ClassVar[str]
+    role: ClassVar[str] = "pass"
     effect: ClassVar[Effect]
     requires: ClassVar[frozenset[str]] = frozenset()
     ensures: ClassVar[frozenset[str]] = frozenset()
@@ -78,6 +66,7 @@ class Pass(BaseModel, ABC):
     looks_for: ClassVar[str] = "something to rewrite"
     may_match_nothing: ClassVar[bool] = False
     no_neutral: ClassVar[str] = ""
+    offline: ClassVar[type[OfflineStage] | None] = None
 
     @abstractmethod
     def run(self, program: Program) -> list[str] | None:
@@ -109,49 +98,6 @@ class Pass(BaseModel, ABC):
             after: the result.
         """
         return interpreter.run, ""
-
-    def config(self) -> dict[str, Any]:
-        """The fields as JSON values."""
-        return self.model_dump(mode="json")
-
-    @classmethod
-    def from_config(
-        cls,
-        config: Mapping[str, object],
-        *,
-        where: Where = nowhere,
-        folder: Path | None = None,
-        strict: bool = False,
-    ) -> Self:
-        """Make a pass from its fields.
-
-        Args:
-            config: the fields.
-            where: gives the place of a field in its source, for messages.
-            folder: what relative paths are relative to.
-            strict: take no value of another type, such as the text ``"3"`` for an integer.
-
-        Raises:
-            InputError: a field is unknown, missing or of the wrong type; names the valid ones.
-        """
-        values = resolve_paths(cls, config, folder) if folder is not None else dict(config)
-        context = {"where": where}
-        if not strict:
-            return cls.model_validate(values, context=context)
-        # JSON mode is strict about types and yet takes text for paths and lists for tuples.
-        return cls.model_validate_json(json.dumps(values), strict=True, context=context)
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _raise_readable(
-        cls, data: Any, handler: ModelWrapValidatorHandler[Self], info: ValidationInfo
-    ) -> Self:
-        where = cast("dict[str, Where]", info.context or {}).get("where", nowhere)
-        try:
-            with located(where(())):
-                return handler(data)
-        except ValidationError as error:
-            raise readable(error, cls, f"pass {cls.name!r}", where) from error
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:

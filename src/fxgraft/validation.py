@@ -127,6 +127,9 @@ def _resolve(value: object, folder: Path, *, certain: bool) -> object:
     if isinstance(value, list):
         items = cast("list[object]", value)
         return [_resolve(item, folder, certain=certain) for item in items]
+    if isinstance(value, dict):
+        named = cast("dict[object, object]", value)
+        return {key: _resolve(item, folder, certain=certain) for key, item in named.items()}
     if not isinstance(value, str):
         return value
     path = folder / value

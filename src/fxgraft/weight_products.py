@@ -9,7 +9,7 @@ are not among them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,7 +19,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from fxgraft.graph import weight_of
-from fxgraft.kernels.spec import Expr, argument, dims, expr, spec_of
+from fxgraft.kernels.spec import Expr, PackedWeight, argument, dims, expr, spec_of
 from fxgraft.operators import operator_of, qualified_name
 from fxgraft.program import Program
 
@@ -49,6 +49,7 @@ class WeightProduct:
         rows: T, rows of x for all copies together, over the graph's symbols.
         is_transposed: the operand is [..., K, O] rather than [..., O, K].
         is_grouped: rows are sorted by the matrix that they meet.
+        pattern: N and M, where the weight is stored packed with N of each M neighbours along K.
     """
 
     node: Node
@@ -60,9 +61,15 @@ class WeightProduct:
     rows: Expr
     is_transposed: bool
     is_grouped: bool
+    pattern: tuple[int, int] | None = None
 
     def matrices(self, program: Program) -> Tensor:
         """The weight's values [copies, O, K]; on the meta device if the Program has none."""
+        packed = _packed(self.node)
+        if packed is not None:
+            parts = (cast(Node, argument(self.node, name)) for name in packed.arguments)
+            with torch.no_grad():
+                return packed.unpack(self.node, [_compute(part, program) for part in parts])[None]
         value = _compute(self.operand, program)
         value = value.transpose(-1, -2) if self.is_transposed else value
         return value.reshape(-1, self.outputs, self.reduction)
@@ -73,6 +80,10 @@ def weight_products(program: Program) -> dict[Node, WeightProduct]:
     constants = _weight_values(program)
     found: dict[Node, WeightProduct] = {}
     for node in program.graph.nodes:
+        packed = _packed(node)
+        if packed is not None:
+            _add_packed(node, packed, constants, found)
+            continue
         operands = _operands(node)
         if operands is None:
             continue
@@ -93,6 +104,28 @@ def weight_products(program: Program) -> dict[Node, WeightProduct]:
             is_transposed, "grouped" in qualified_name(node),
         )  # fmt: skip
     return found
+
+
+def _packed(node: Node) -> PackedWeight | None:
+    spec = spec_of(node)
+    return None if spec is None else spec.packed
+
+
+def _add_packed(
+    node: Node,
+    packed: PackedWeight,
+    constants: Mapping[Node, tuple[str, ...]],
+    found: dict[Node, WeightProduct],
+) -> None:
+    x, weight = argument(node, "x"), argument(node, packed.arguments[0])
+    if not isinstance(x, Node) or not isinstance(weight, Node) or weight not in constants:
+        return
+    outputs, inner = (int(cast(Any, size)) for size in packed.shape(node))
+    rows = math.prod(dims(x), start=expr(1)) / inner
+    found[node] = WeightProduct(
+        node, weight, constants[weight], 1, outputs, inner, rows,
+        is_transposed=False, is_grouped=False, pattern=packed.pattern(node),
+    )  # fmt: skip
 
 
 def _may_be_left(node: Node) -> bool:

@@ -13,9 +13,12 @@ from torch import Tensor
 
 from fxgraft.backends.onnx.options import LAST_OPSET
 from fxgraft.errors import LoweringError
+from fxgraft.kernels.attention_mass.op import SPEC as ATTENTION_MASS
 from fxgraft.kernels.causal_mask.op import SPEC as CAUSAL_MASK
 from fxgraft.kernels.gated_activation.op import SPEC as GATED_ACTIVATION
 from fxgraft.kernels.gated_activation.reference import ACTIVATIONS
+from fxgraft.kernels.head_gate.op import SPEC as HEAD_GATE
+from fxgraft.kernels.logit_sum.op import SPEC as LOGIT_SUM
 from fxgraft.kernels.rms_norm.op import SPEC as RMS_NORM
 from fxgraft.kernels.rotary.op import SPEC as ROTARY
 from fxgraft.kernels.spec import OpSpec, specs
@@ -233,6 +236,60 @@ def test_steer(per_row: bool, tmp_path: Path) -> None:
     assert torch.equal(found, _expected(STEER, values, {}))
 
 
+@pytest.mark.parametrize("stateful", [False, True])
+def test_logit_sum(stateful: bool, tmp_path: Path) -> None:
+    values = {
+        "query": randn(2, 4, 5, 3).float(),
+        "key": randn(2, 2, 5, 3, seed=1).float(),
+        "chosen": randn(2, 5, seed=2) > 0,
+    }
+    values |= {"key_sum": randn(2, 2, 3, seed=3).float()} if stateful else {}
+    shapes = {
+        "query": ("batch", 4, "sequence", 3),
+        "key": ("batch", 2, "sequence", 3),
+        "chosen": ("batch", "sequence"),
+        "key_sum": ("batch", 2, 3),
+    }
+    found = _one_op(LOGIT_SUM, values, shapes, {"scale": 0.5}, folder=tmp_path)
+    expected = LOGIT_SUM.reference(**values, scale=0.5)
+    assert isinstance(expected, tuple)
+    assert all(map(near, found, expected))
+
+
+@pytest.mark.parametrize("options", [{}, {"normalize": False}, {"softcap": 2.0}, {"window": 3}])
+def test_attention_mass(options: dict[str, Any], tmp_path: Path) -> None:
+    values = {
+        "query": randn(2, 4, 3, 3).float(),
+        "key": randn(2, 2, 5, 3, seed=1).float(),
+        "chosen": randn(2, 5, seed=2) > 0,
+    }
+    shapes = {
+        "query": ("batch", 4, "sequence", 3),
+        "key": ("batch", 2, "total", 3),
+        "chosen": ("batch", "total"),
+    }
+    options = {"scale": 0.5, **options}
+    (found,) = _one_op(ATTENTION_MASS, values, shapes, options, folder=tmp_path)
+    assert near(found, _expected(ATTENTION_MASS, values, options))
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.3])
+def test_head_gate(factor: float, tmp_path: Path) -> None:
+    """Ties go to the lower head."""
+    score = randn(2, 4, 5, seed=1).float()
+    score[:, 2] = score[:, 1]
+    score[0, 3] = torch.nan
+    values = {"x": randn(2, 4, 5, 3).float(), "score": score, "rows": randn(2, 5, seed=2) > 0}
+    shapes = {
+        "x": ("batch", 4, "sequence", 3),
+        "score": ("batch", 4, "sequence"),
+        "rows": ("batch", "sequence"),
+    }
+    options = {"keep": 2, "factor": factor}
+    (found,) = _one_op(HEAD_GATE, values, shapes, options, folder=tmp_path)
+    assert torch.equal(found, _expected(HEAD_GATE, values, options))
+
+
 @pytest.mark.parametrize("length", ["sequence", 1])
 @pytest.mark.parametrize("stateful", [False, True])
 def test_token_automaton(stateful: bool, length: int | str, tmp_path: Path) -> None:
@@ -255,6 +312,7 @@ def test_token_automaton(stateful: bool, length: int | str, tmp_path: Path) -> N
 
 def test_every_op_is_tested_here() -> None:
     named = {case.spec.name for case in recurrences.CASES.values()}
+    named |= {"attention_mass", "head_gate", "logit_sum"}
     named |= {"attention", "causal_mask", "gated_activation", "rms_norm", "rotary", "steer"}
     # Graphs of the engine are never exported.
     paged = {"append_pages", "read_slots", "write_slots", "choose_rows", "paged_attention"}

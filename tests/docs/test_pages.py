@@ -17,6 +17,7 @@ from fxgraft.backends.torch import backend as torch_backend
 from fxgraft.cli.main import app
 from fxgraft.kernels.spec import specs
 from fxgraft.pipeline import PipelineFile
+from fxgraft.runtime.hermes import System
 from tests import model_folder
 from tests.docs._pages import ROOT, blocks_of, run_page
 
@@ -106,11 +107,14 @@ def test_shown_commands_name_files_and_targets_that_exist(page: Path) -> None:
 @pytest.mark.parametrize(
     "page", [p for p in PAGES if p.name != "write_a_pass.md"], ids=lambda page: page.name
 )
-def test_yaml_blocks_are_pipelines(page: Path, tmp_path: Path) -> None:
+def test_yaml_blocks_are_pipelines_or_systems(page: Path, tmp_path: Path) -> None:
     for number, block in enumerate(blocks_of(page, "yaml")):
         file = tmp_path / f"{number}.yaml"
         file.write_text(block.body)
-        assert PipelineFile.read(file).pipeline.passes
+        if re.search("^clients:", block.body, re.MULTILINE):
+            assert System.read(file).clients
+        else:
+            assert PipelineFile.read(file).pipeline.passes
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda f: f.name)

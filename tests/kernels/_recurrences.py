@@ -13,6 +13,7 @@ from fxgraft.kernels import (
     causal_conv1d,
     causal_pad,
     gated_delta_rule,
+    linear_attention,
     linear_recurrence,
     mlstm,
     selective_scan,
@@ -88,6 +89,8 @@ def _in_range(op: str, name: str, value: torch.Tensor) -> torch.Tensor:
         return -value.exp()
     if (op, name) == ("gated_delta_rule", "gate"):
         return -F.softplus(value)
+    if (op, name) == ("linear_attention", "gate"):
+        return -2 * value.abs()
     if (op, name) == ("gated_delta_rule", "key"):
         return F.normalize(value, dim=-1)
     if name in {"beta", "decay"}:
@@ -117,6 +120,13 @@ _DELTA: dict[str, Shape] = {
     "gate": (BATCH, "S", 4),
     "beta": (BATCH, "S", 4),
 }
+_LINEAR: dict[str, Shape] = {
+    "query": (BATCH, "S", 4, 3),
+    "key": (BATCH, "S", 2, 3),
+    "value": (BATCH, "S", 2, 5),
+    "gate": (BATCH, "S", 2, 2, 3),
+    "mixing": (2,),
+}
 _MLSTM: dict[str, Shape] = {
     "query": (BATCH, "S", 2, 3),
     "key": (BATCH, "S", 2, 3),
@@ -143,6 +153,18 @@ CASES = {
         gated_delta_rule.SPEC,
         {**_DELTA, "gate": (BATCH, "S", 4, 3)},
         {"scale": 0.5, "l2norm": True},
+    ),
+    "linear_attention": Case(linear_attention.SPEC, _LINEAR, {"scale": 0.5}),
+    "linear_attention, all arguments": Case(
+        linear_attention.SPEC,
+        {**_LINEAR, "gate": (BATCH, "S", 4, 3, 1), "mixing": (4, 3), "norm_weight": (4, 5)},
+        {
+            "scale": 0.5,
+            "temperature": 4.0,
+            "floor": -1.0,
+            "write_scale": "sqrt",
+            "eps": 1e-2,
+        },
     ),
     "linear_recurrence": Case(
         linear_recurrence.SPEC, {"x": (BATCH, "S", 3), "decay": (BATCH, "S", 3)}

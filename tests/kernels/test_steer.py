@@ -78,6 +78,21 @@ def test_neutral_row_leaves_the_others_steered() -> None:
     assert torch.equal(y[1, 0, :2], torch.full((2,), 2.0))
 
 
+def test_rows_look_their_vector_up() -> None:
+    """A table with a slot per row is the same as a vector per row, gradients included."""
+    x, fire = randn(4, 3, 6), randn(4, 3) > 0
+    table, slot = randn(3, 6, seed=1), torch.tensor([2, 0, 1, 2])
+    coefficient = randn(4, seed=2)
+    expected = steer(x, fire, table[slot], coefficient)
+    assert torch.equal(steer(x, fire, table, coefficient, slot), expected)
+
+    def call(x: Tensor, table: Tensor, coefficient: Tensor) -> Tensor:
+        return steer(x, fire, table, coefficient, slot)
+
+    gradcheck(call, x, table, coefficient)
+    opcheck(SPEC, x, fire, table, coefficient, slot)
+
+
 @pytest.mark.parametrize("vector_shape", VECTOR_SHAPES)
 @pytest.mark.parametrize("coefficient_shape", COEFFICIENT_SHAPES)
 def test_gradient(coefficient_shape: tuple[int, ...], vector_shape: tuple[int, ...]) -> None:

@@ -79,6 +79,21 @@ def test_dtypes(table_dtype: torch.dtype, ids_dtype: torch.dtype) -> None:
     assert (values(fired), values(last)) == _naive(input_ids, next_state, fire, [0, 0])
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16])
+def test_tokens_of_one_kind_share_a_column(dtype: torch.dtype) -> None:
+    classes = torch.tensor([3, 0, 10, 3, 3, 7, 0, 1], dtype=dtype)
+    next_state, fire = _tables(4, torch.uint8)
+    input_ids = _ids(2, 9) % 8
+    wide = (next_state[:, classes.long()], fire[:, classes.long()])
+    state = torch.tensor([3, 1])
+    expected = token_automaton(input_ids, *wide, state)
+    found = token_automaton(input_ids, next_state, fire, state, classes)
+    assert all(map(torch.equal, found, expected))
+    opcheck(SPEC, input_ids, next_state, fire, state, classes)
+    with pytest.raises(InputError, match="token id 8,.* 0 to 7"):
+        token_automaton(input_ids + 1, next_state, fire, state, classes)
+
+
 @pytest.mark.parametrize("token", [-1, VOCABULARY])
 def test_bad_ids(token: int) -> None:
     input_ids = torch.tensor([[0, token]])

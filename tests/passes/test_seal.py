@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
@@ -55,7 +55,7 @@ def llama() -> tuple[nn.Module, Program]:
 def vector_file(folder: Path, **changes: Any) -> Path:
     values: dict[str, Any] = {
         "vector": torch.randn(HIDDEN, generator=torch.Generator().manual_seed(3)),
-        "convention": "E-RT", "layer": 1, "model": "tiny", **changes,
+        "convention": "E-RT", "layer": 1, "model": "", **changes,
     }  # fmt: skip
     return SteeringVector(**values).save(folder / "vector.safetensors")
 
@@ -89,12 +89,11 @@ def expected_firings(pieces: list[bytes], start: bytes, end: bytes) -> list[bool
 
 
 def run_automaton(tables: Automaton, ids: list[int]) -> list[bool]:
-    fired, _ = torch.ops.fxgraft.token_automaton(
-        torch.tensor([ids]), tables.next_state, tables.fire, initial=tables.initial
-    )
-    return cast("list[bool]", fired[0].tolist())
+    fired = tables.fired(ids)
+    return [place in fired for place in range(len(ids))]
 
 
+@settings(deadline=None, derandomize=True)
 @given(st.lists(st.sampled_from([0, 1, 2, 3, 4, 5, 6, 7, 8]), min_size=1, max_size=40))
 def test_automaton_follows_the_rule(ids: list[int]) -> None:
     vocabulary = [b"\n", b"\n\n", b"x", b"<t", b">", b"</t>", b"\r\n", b"a\n\nb", b"<"]
@@ -104,7 +103,7 @@ def test_automaton_follows_the_rule(ids: list[int]) -> None:
 
 
 def test_two_newlines_or_one_token_fire_alike() -> None:
-    tables = build([b"\n", b"\n\n", b"<t>", b"x"], "<t>", "</t>")
+    tables = build([b"\n", b"\n\n", b"<t>", b"x", b"</t>"], "<t>", "</t>")
     assert run_automaton(tables, [2, 3, 0, 0]) == [False, False, False, True]
     assert run_automaton(tables, [2, 3, 1]) == [False, False, True]
     assert run_automaton(tables, [2, 3, 0, 0, 0, 0]) == [False, False, False, True, False, False]
@@ -127,6 +126,7 @@ def test_equals_hooks_on_the_original(
     pieces = [vocabulary.bytes_of(token) for token in ids[0].tolist()]
     fired = torch.tensor(expected_firings(pieces, b"<think>", b"</think>"))
     assert 2 <= int(fired.sum()) < len(pieces) // 4
+    assert item.vector is not None
     vector = coefficient * SteeringVector.load(item.vector).direction
 
     def add(x: torch.Tensor) -> torch.Tensor:

@@ -191,7 +191,7 @@ class LlmSection(ClientSection):
         return LlmClient(
             name,
             model=self.model if self.model is not None else served.model,
-            cost=served.cost,
+            cost=served.with_watts(self.watts),
             limits=self.limits(served),
             role=self.role,
             stepwise=stepwise,

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from fxgraft.cost_table import StepCostTable
 from fxgraft.devices import device
 from fxgraft.errors import InputError
-from fxgraft.runtime.hermes.costs import AffineCost, StepCost
+from fxgraft.runtime.hermes.config.pipelines import Recipe, recipe, table_of
+from fxgraft.runtime.hermes.costs import AffineCost, StepCost, WithWatts
 from fxgraft.runtime.hermes.dense import MODELS, DenseCost, Efficiency
 from fxgraft.runtime.hermes.section import File, Number, Positive, Section, default_kind, tagged
 from fxgraft.validation import suggestion
@@ -30,6 +31,7 @@ class Served:
         block_tokens: tokens that are allocated together.
         idle_watts: drawn between steps.
         marks: whether steps outside the validity are counted instead of refused.
+        has_energy: whether the cost has joules.
     """
 
     cost: StepCost
@@ -41,6 +43,11 @@ class Served:
     block_tokens: int = 16
     idle_watts: float = 0.0
     marks: bool = False
+    has_energy: bool = True
+
+    def with_watts(self, watts: float) -> StepCost:
+        """The cost; where it has no joules, steps draw so many watts."""
+        return self.cost if self.has_energy or not watts else WithWatts(self.cost, watts)
 
 
 class TableCost(Section):
@@ -82,7 +89,40 @@ def served_by(
         block_tokens=memory.block_tokens,
         idle_watts=(table.energy.idle_watts or 0.0) * devices,
         marks=outside == "mark",
+        has_energy=table.has_energy,
     )
+
+
+class PipelineCost(Section):
+    """A model, rewritten by passes: its table is made when the system is read.
+
+    Attributes:
+        pipeline: a pipeline file, or its keys: ``model``, ``passes``, ``backend``, ``options``.
+        device: name of ``fxgraft.devices`` whose peak rates price the model; None takes the prices
+            of the pipeline's backend (``flexcim``).
+        dtype: data type that the model is served in; needed beside ``device``, and only there.
+        keep: file for the table; it is read again as long as the pipeline, and the files that it
+            names, have not changed.
+        outside: see ``TableCost``.
+    """
+
+    kind: Literal["pipeline"] = "pipeline"
+    pipeline: Annotated[Recipe, BeforeValidator(recipe)]
+    device: str | None = None
+    dtype: str | None = None
+    keep: File | None = None
+    outside: Literal["error", "mark"] = "error"
+
+    @model_validator(mode="after")
+    def _priced(self) -> PipelineCost:
+        if (self.device is None) != (self.dtype is None):
+            raise ValueError("needs device and dtype for peak rates, or neither")
+        return self
+
+    def serve(self, tokens: int, sequences: int) -> Served:
+        """Make the table, for steps of at most so many new tokens and sequences."""
+        table = table_of(self.pipeline, on=self.device, dtype=self.dtype, keep=self.keep)
+        return served_by(table, self.outside, tokens, sequences)
 
 
 class AffineSection(Section):
@@ -99,7 +139,7 @@ class AffineSection(Section):
 
     def serve(self, tokens: int, sequences: int) -> Served:
         """The closed form."""
-        return Served(AffineCost(**self.model_dump(exclude={"kind"})))
+        return Served(AffineCost(**self.model_dump(exclude={"kind"})), has_energy=self.watts > 0)
 
 
 class DenseSection(Section):
@@ -150,7 +190,7 @@ def _short(value: Any) -> Any:
 
 
 CostSection = Annotated[
-    Annotated[TableCost | AffineSection | DenseSection, Field(discriminator="kind")],
+    Annotated[TableCost | PipelineCost | AffineSection | DenseSection, Field(discriminator="kind")],
     BeforeValidator(_short),
 ]
 """A bare text is the file of a table, a mapping without ``kind`` the closed form."""

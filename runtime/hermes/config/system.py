@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from fxgraft.errors import Error, InputError
 from fxgraft.runtime.hermes.client import Client
@@ -57,6 +57,7 @@ class System(Section):
     workloads: Workloads
     slo: Slo | None = None
     logs: tuple[Log, ...] = LOGS  # pyright: ignore[reportAssignmentType]
+    _where: Where = PrivateAttr(default_factory=lambda: nowhere)
 
     @model_validator(mode="after")
     def _unique(self) -> System:
@@ -90,8 +91,7 @@ class System(Section):
         if isinstance(value, dict) and "name" not in value:
             value = {"name": Path(file).stem, **cast("dict[str, object]", value)}
         system = System.parse(cast(object, value), folder=Path(file).parent, where=source.where)
-        with located(f"{file}: "):
-            system.check()
+        system.check()
         return system
 
     @staticmethod
@@ -105,9 +105,11 @@ class System(Section):
             raise InputError(f"{where(())}a system is a mapping of keys",
                              f"give the keys {', '.join(System.model_fields)}")  # fmt: skip
         try:
-            return System.model_validate(value, context={"folder": folder})
+            system = System.model_validate(value, context={"folder": folder})
         except ValidationError as error:
             refuse(error, System, cast(object, value), where)
+        system._where = where
+        return system
 
     def check(self) -> None:
         """Make everything once, to find what cannot run.
@@ -126,15 +128,15 @@ class System(Section):
     def build_clients(self, *, stepwise: bool = False) -> list[Client]:
         """The clients, in order."""
         per_rack = self.network.nodes_per_rack
-        clients = [
-            client
-            for number, section in enumerate(self.clients)
-            for client in section.build(self.seed, number, per_rack, stepwise)
-        ]
+        clients: list[Client] = []
+        for number, section in enumerate(self.clients):
+            with located(self._where(("clients", number))):
+                clients += section.build(self.seed, number, per_rack, stepwise)
         names = [client.name for client in clients]
         if len(set(names)) < len(names):
             double = next(name for name in names if names.count(name) > 1)
-            raise InputError(f"two clients are named {double!r}", "rename one of them")
+            raise InputError(f"{self._where(('clients',))}two clients are named {double!r}",
+                             "rename one of them")  # fmt: skip
         return clients
 
     def coordinator(self, *, stepwise: bool = False, **options: Any) -> Coordinator:
@@ -147,9 +149,12 @@ class System(Section):
         clients = self.build_clients(stepwise=stepwise)
         network = self.network.build()
         self._check_links(clients, network)
+        workloads = self._with_models(clients)
+        with located(self._where(("workloads",))):
+            source = MergedSource(workloads, self.seed)
         coordinator = Coordinator(
             clients,
-            MergedSource(self.workloads, self.seed),
+            source,
             routers=self.routing.build(),
             network=network,
             sizes=self.network.sizes(),
@@ -158,9 +163,21 @@ class System(Section):
             keep=frozenset(self.logs),
             **options,
         )
-        for workload in self.workloads:
-            self._check_chain(workload, coordinator)
+        for number, workload in enumerate(workloads):
+            with located(self._where(("workloads", number))):
+                self._check_chain(workload, coordinator)
         return coordinator
+
+    def _with_models(self, clients: Sequence[Client]) -> tuple[Workload, ...]:
+        """Workloads that name no model want the only one there is."""
+        models = {client.model for client in clients if isinstance(client, LlmClient)}
+        if len(models) != 1:
+            return self.workloads
+        (only,) = models
+        return tuple(
+            workload if workload.model else workload.model_copy(update={"model": only})
+            for workload in self.workloads
+        )
 
     def simulate(self, *, stepwise: bool = False) -> Result:
         """Run it.
@@ -201,13 +218,16 @@ class System(Section):
         alone = [name for name in linked if name not in names and sum(
             name in link.between for link in self.network.links) < 2]  # fmt: skip
         if alone:
-            raise InputError(f"a link leads to {sorted(alone)[0]!r}, which is no client and "
-                             "connects nothing else", "give the name of a client")  # fmt: skip
-        for workload in self.workloads:
+            raise InputError(
+                f"{self._where(('network', 'links'))}a link leads to {sorted(alone)[0]!r}, which "
+                "is no client and connects nothing else", "give the name of a client"
+            )  # fmt: skip
+        for number, workload in enumerate(self.workloads):
             unknown = [name for name in workload.preferred if name not in names]
             if unknown:
+                place = self._where(("workloads", number, "preferred"))
                 raise InputError(
-                    f"workload {workload.name!r} prefers {unknown[0]!r}, which is no client",
+                    f"{place}workload {workload.name!r} prefers {unknown[0]!r}, which is no client",
                     f"the clients are: {', '.join(sorted(names))}",
                 )
 

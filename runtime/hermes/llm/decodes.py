@@ -116,23 +116,24 @@ class JumpingDecodes(Decodes):
         self._due = [0] * (2 * block_size)
         self._ends: list[tuple[int, int, int, Request]] = []
         self._fresh: list[Request] = []
-        # The largest gaps since any clock, with their clocks: gaps fall, clocks rise. The first is
-        # larger than all, so that the list is never empty.
-        self._gaps: list[tuple[float, int]] = [(math.inf, -1)]
+        # The largest gaps since any clock, and their clocks: gaps fall, clocks rise. The first is
+        # larger than all, so that the lists are never empty.
+        self._gaps: list[float] = [math.inf]
+        self._clocks: list[int] = [-1]
         self._end_sum: int = 0
 
     def join(self, request: Request) -> None:
         """Add its queries to the sums, and its ends to the heap."""
         emitted = request.emitted
-        request.base, request.joined = emitted, self.clock
-        branches = request.live
+        clock, branches = self.clock, request.live
+        request.base, request.joined = emitted, clock
         self.count += branches
         self.context += branches * (request.prompt + emitted)
         self._mark(request, branches)
         self._fresh.append(request)
         for output in request.branch_outputs or (request.output,):
             if output > emitted:
-                end = self.clock - emitted + output
+                end = clock - emitted + output
                 self._end_sum += end
                 heappush(self._ends, (end, request.index, request.incarnation, request))
                 if end < self.next_end:
@@ -144,10 +145,10 @@ class JumpingDecodes(Decodes):
         own = request.base - 1
         if not request.branch_outputs:
             own += request.prompt
-        due = (request.joined - own) % size
-        self._due[due] += branches
-        self._due[due + size] += branches
-        self.due = self._due[self.clock % size]
+        place, due = (request.joined - own) % size, self._due
+        due[place] += branches
+        due[place + size] += branches
+        self.due = due[self.clock % size]
 
     def _emitted(self, request: Request) -> int:
         return request.base + self.clock - request.joined
@@ -209,27 +210,33 @@ class JumpingDecodes(Decodes):
         self, steps: int, start: float, first: float, slope: float, end: float
     ) -> tuple[float, int]:
         """Move the clock; remember the largest gaps."""
-        count, clock = self.count, self.clock
-        gaps = self._gaps
-        if steps == 1:
-            first_end = end
-            last = gap = end - self.last_end
-        else:
-            first_end = start + first
-            gap = first_end - self.last_end
+        first_end = end if steps == 1 else start + first
+        last = gap = first_end - self.last_end
+        if steps > 1:
             last = first + slope * (steps - 1 if slope >= 0.0 else 1)
             if gap > last:
-                while gaps[-1][0] <= gap:
-                    gaps.pop()
-                gaps.append((gap, clock + 1))
-        self.clock = clock = clock + steps
-        while gaps[-1][0] <= last:  # later and larger ones hide those before
-            gaps.pop()
-        gaps.append((last, clock))
+                self._remember(gap, self.clock + 1)
+        self.clock = clock = self.clock + steps
+        gaps = self._gaps
+        if last < gaps[-1]:
+            gaps.append(last)
+            self._clocks.append(clock)
+        else:
+            self._remember(last, clock)
+        count = self.count
         self.due = self._due[clock % self.block_size]
         self.context += steps * count
         self.last_end = end
         return gap, count - self._greet(first_end) if self._fresh else count
+
+    def _remember(self, gap: float, clock: int) -> None:
+        """Add a gap; it hides those before that are not larger."""
+        gaps, clocks = self._gaps, self._clocks
+        while gaps[-1] <= gap:
+            gaps.pop()
+            clocks.pop()
+        gaps.append(gap)
+        clocks.append(clock)
 
     def _greet(self, first_end: float) -> int:
         """The first decode step of those that joined has ended; returns their queries."""
@@ -246,9 +253,9 @@ class JumpingDecodes(Decodes):
 
     def _settle(self, request: Request) -> None:
         """Fold the gaps after its first decode step into ``max_gap``."""
-        place = bisect_left(self._gaps, request.joined + 2, key=_clock)
-        if place < len(self._gaps):
-            request.max_gap = max(request.max_gap, self._gaps[place][0])
+        place = bisect_left(self._clocks, request.joined + 2)
+        if place < len(self._gaps) and self._gaps[place] > request.max_gap:
+            request.max_gap = self._gaps[place]
 
     def ended(self, now: float) -> list[tuple[Request, int, bool]]:
         """Pop the heap of ends up to the clock."""
@@ -301,7 +308,3 @@ def branch_blocks(request: Request, emitted: int, size: int) -> int:
         return blocks_for(request.prompt + emitted - 1, size)
     own = blocks_for(emitted - 1, size)
     return own + blocks_for(request.prompt, size) if request.live == 1 else own
-
-
-def _clock(entry: tuple[float, int]) -> int:
-    return entry[1]

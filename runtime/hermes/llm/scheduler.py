@@ -11,10 +11,11 @@ from fxgraft.runtime.hermes.llm.decodes import Decodes, branch_blocks, decode_bl
 from fxgraft.runtime.hermes.llm.queue import Order, Queue
 from fxgraft.runtime.hermes.request import RUNNING, WAITING, Request
 
-Strategy = Literal["static", "continuous", "mixed", "chunked", "running_first"]
+Strategy = Literal["static", "continuous", "mixed", "chunked", "running_first", "alternating"]
 Admission = Literal["prompt", "sequence", "chunk"]
 WHOLE: tuple[Strategy, ...] = ("static", "continuous", "mixed")
 """Strategies that do not cut prompts."""
+_ENDLESS = 1 << 60
 Chunk = tuple[Request, int, int]
 """A request, the prompt tokens it computes in this step, and its context before."""
 
@@ -30,7 +31,9 @@ class Limits:
             *mixed* puts whole prompts and all decodes together;
             *chunked* gives each decode a token and cuts prompts at the token budget;
             *running_first* is chunked as vLLM's and SGLang's schedulers do it: blocks are taken
-            chunk by chunk, not prompt by prompt.
+            chunk by chunk, not prompt by prompt;
+            *alternating* computes chunks of prompts, in turn, in steps of their own, each followed
+            by a step of decodes, as this package's engine does.
         max_batched_tokens: token budget of a step.
         max_sequences: most queries in flight; a request with B branches counts B.
         blocks: KV blocks.
@@ -64,6 +67,7 @@ class Scheduler:
         pending_prompt: prompt tokens still to compute, of all requests given to the client.
         owed: output tokens of requests that do not decode yet.
         preempted: whether planning the present step preempted anybody.
+        one_step: whether the step after the present one may differ although nothing happens.
         swapped_tokens: tokens moved from or to the host since the last step was priced.
         now: time of the present step, set by the client.
         by_chunk: whether blocks are taken chunk by chunk, not prompt by prompt.
@@ -85,6 +89,8 @@ class Scheduler:
         self.owed = 0
         self.swapped_tokens = 0
         self.preempted = False
+        self.one_step = False
+        self._prompts_ran = False
         self.now = 0.0
         self.hands_over = False
         self.resumed: Callable[[Request], None] = _ignore
@@ -93,6 +99,7 @@ class Scheduler:
         self.plan: Callable[[], None] = {
             "static": self._plan_static,
             "continuous": self._plan_continuous,
+            "alternating": self._plan_alternating,
         }.get(limits.strategy, self._plan_together)
 
     def _plan_static(self) -> None:
@@ -106,6 +113,29 @@ class Scheduler:
         if self.queue.size:
             self._admit(self.limits.max_batched_tokens)
         self._decode_if_no_prompts()
+
+    def _plan_alternating(self) -> None:
+        self.preempted = False
+        decodes_turn = self._prompts_ran and self.decodes.count > 0
+        if not decodes_turn:
+            if self.queue.size:
+                self._admit(_ENDLESS)
+                self.chunks.clear()
+            self._take_turns(self.limits.max_batched_tokens)
+        self._decode_if_no_prompts()
+        self._prompts_ran = not decodes_turn and bool(self.chunks)
+        self.one_step = bool(self.prefilling) or (decodes_turn and self.queue.size > 0)
+
+    def _take_turns(self, budget: int) -> None:
+        """A chunk of each prompt, beginning with the one whose turn is the longest ago."""
+        for request in self.prefilling[:]:
+            if budget <= 0:
+                return
+            new = min(request.todo, budget)
+            self.chunks.append((request, new, request.computed))
+            self.prefilling.remove(request)
+            self.prefilling.append(request)
+            budget -= new
 
     def _decode_if_no_prompts(self) -> None:
         self.with_decodes = not self.chunks and self.decodes.count > 0
@@ -212,9 +242,12 @@ class Scheduler:
         size, pool = self.pool.size, self.pool
         total = request.prompt + request.live * request.emitted
         hits = self._cached(request, total) if pool.prefix_cache else []
-        computed = max(len(hits) * size, request.loaded)
-        todo = total - computed
-        new = todo if self.whole else min(todo, budget)
+        computed = len(hits) * size
+        if request.loaded > computed:
+            computed = request.loaded
+        new = todo = total - computed
+        if new > budget and not self.whole:
+            new = budget
         if new <= 0 or (new > budget and (self.chunks or not request.emitted)):
             return 0
         end = computed + new if self.by_chunk else total
@@ -358,7 +391,7 @@ def owed_by(request: Request) -> int:
     """Tokens that a request still has to emit."""
     emitted = request.emitted
     if not request.branch_outputs:
-        return max(request.output - emitted, 0)
+        return request.output - emitted if request.output > emitted else 0
     return sum([output - emitted for output in request.branch_outputs if output > emitted])
 
 

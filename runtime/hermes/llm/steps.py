@@ -58,7 +58,8 @@ class StepRunner(Client):
         kind = ListedDecodes if stepwise else JumpingDecodes
         self.decodes: Decodes = kind(limits.block_size)
         self.scheduler = Scheduler(limits, self.decodes)
-        self._runs_ahead = not (stepwise or self.scheduler.by_chunk)
+        alternates = limits.strategy == "alternating"
+        self._runs_ahead = not (stepwise or alternates or self.scheduler.by_chunk)
         self._in_step = False
         self._woken = False
         # The step or jump that is under way; prices are of its first step.
@@ -107,14 +108,19 @@ class StepRunner(Client):
         else:
             return None
         if scheduler.swapped_tokens:
-            self._first += scheduler.swapped_tokens * self.kv_bytes / self.swap_bandwidth
+            seconds = scheduler.swapped_tokens * self.kv_bytes / self.swap_bandwidth
+            self._first += seconds
+            self._joules += seconds * self.idle_watts
             scheduler.swapped_tokens = 0
             self._steps = 1
         self._in_step = True
         self._start = now
-        if not chunks:
-            return now + self._duration(self._steps)
+        steps = self._steps
+        if steps > 1:
+            return now + (steps * self._first + self._slope * (steps * (steps - 1) // 2))
         end = now + self._first
+        if not chunks:
+            return end
         if end < until and self._runs_ahead and len(chunks) == 1 == len(scheduler.prefilling):
             return self._run_prompt(end, until)
         return end
@@ -144,10 +150,11 @@ class StepRunner(Client):
         _, last, self._first, slope, self._joules, joule_slope = self.cost.decode_line(
             count, context
         )
+        scheduler = self.scheduler
         fit = (last - context) // count + 1 if last < NO_LIMIT else NO_LIMIT
-        if fit < 1 or self.scheduler.preempted:
+        if fit < 1 or scheduler.preempted or scheduler.one_step:
             fit = 1
-        pool = self.scheduler.pool
+        pool = scheduler.pool
         self._steps = decodes.jump(pool.capacity - pool.used, fit)
         self._slope, self._joule_slope = slope * count, joule_slope * count
         self._tokens = 0
@@ -168,21 +175,25 @@ class StepRunner(Client):
         """
         scheduler, decodes, pool = self.scheduler, self.decodes, self.scheduler.pool
         request, new, before = scheduler.chunks[0]
-        todo, before = request.todo - new, before + new
+        todo, before, done = request.todo - new, before + new, 0
         count, queued = decodes.count, scheduler.queue.size
         budget = self.limits.max_batched_tokens - count
         least = budget if queued else 1  # with less, there would be room for the queue
         room = pool.capacity - 2 * count  # blocks of two steps, at most
         index, start, first, joules = self.index, self._start, self._first, self._joules
-        while end < until and todo >= least:
-            context, gap, older, used = decodes.context, 0.0, 0, pool.used
+        steps = decodes.next_end - decodes.clock - 1  # until the last before a branch ends
+        price, log, context, gap, older = self.cost.price, self._log_step, 0, 0.0, 0
+        while end < until and todo >= least and steps > 0:
+            used = pool.used
             if count:
-                if decodes.next_end <= decodes.clock + 1 or used > room:
+                if used > room:
                     break
-                if decodes.due:
-                    pool.take(decodes.due)
+                context, blocks = decodes.context, decodes.due
+                if blocks:
+                    pool.take(blocks)
                 gap, older = decodes.advance(1, start, first, 0.0, end)
-            self._log_step(
+                steps -= 1
+            log(
                 (
                     index, start, end, 1, first, 0.0, 1, new, count, context, queued, used, joules,
                     gap, older,
@@ -190,14 +201,18 @@ class StepRunner(Client):
             )  # fmt: skip
             if self._marks:
                 self.marked_steps += 1
-            scheduler.pending_prompt -= new
-            request.todo, request.computed = todo, before
+            done += new
             new = todo if todo < budget else budget
-            first, energy, self._marks = self.cost.price([(new, before)], count, decodes.context)
+            first, energy, self._marks = price(((new, before),), count, decodes.context)
             joules = energy or 0.0
-            todo, before = todo - new, before + new
-            start, end = end, end + first
+            todo -= new
+            before += new
+            start = end
+            end += first
         self._start, self._first, self._joules, self._tokens = start, first, joules, new
+        request.todo -= done
+        request.computed += done
+        scheduler.pending_prompt -= done
         scheduler.now = start
         scheduler.chunks[0] = request, new, before - new
         return end
@@ -215,10 +230,14 @@ class StepRunner(Client):
         if slope > 0.0:
             half = self._first - 0.5 * slope
             guess = (math.sqrt(half * half + 2.0 * slope * max(elapsed, 0.0)) - half) / slope
-        steps = min(max(int(guess), 0), self._steps)
+        steps, most = int(guess), self._steps
+        if steps >= most:
+            steps = most
+        elif steps < 0:
+            steps = 0
         while steps and self._start + self._duration(steps) >= now:
             steps -= 1
-        while steps < self._steps and self._start + self._duration(steps + 1) < now:
+        while steps < most and self._start + self._duration(steps + 1) < now:
             steps += 1
         return steps
 
@@ -236,22 +255,22 @@ class StepRunner(Client):
         scheduler, decodes, steps = self.scheduler, self.decodes, self._steps
         chunks, pool = scheduler.chunks, scheduler.pool
         self._in_step = False
-        joules = self._joules
-        if steps > 1:
-            joules = steps * joules + self._joule_slope * (steps * (steps - 1) // 2)
-        if self._marks:
-            self.marked_steps += steps
+        start, first, slope, joules = self._start, self._first, self._slope, self._joules
         used, count, context, gap, older = pool.used, 0, 0, 0.0, 0
         if scheduler.with_decodes:
-            count, context = decodes.count, decodes.context
-            blocks = decodes.due if steps == 1 else decodes.allocate(steps)
+            count, context, blocks = decodes.count, decodes.context, decodes.due
+            if steps > 1:
+                joules = steps * joules + self._joule_slope * (steps * (steps - 1) // 2)
+                blocks = decodes.allocate(steps)
             if blocks:
                 pool.take(blocks)
-            gap, older = decodes.advance(steps, self._start, self._first, self._slope, now)
+            gap, older = decodes.advance(steps, start, first, slope, now)
+        if self._marks:
+            self.marked_steps += steps
         self._log_step(
             (
-                self.index, self._start, now, steps, self._first, self._slope, len(chunks),
-                self._tokens, count, context, scheduler.queue.size, used, joules, gap, older,
+                self.index, start, now, steps, first, slope, len(chunks), self._tokens, count,
+                context, scheduler.queue.size, used, joules, gap, older,
             )
         )  # fmt: skip
         if count and decodes.next_end <= decodes.clock:

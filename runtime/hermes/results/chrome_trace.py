@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fxgraft.runtime.hermes.log import Array
 from fxgraft.runtime.hermes.stages import KINDS
 
@@ -66,8 +68,22 @@ def _slice(process: int, thread: int, name: str, start: float, end: float, **arg
             "dur": (end - start) * 1e6, "args": args}  # fmt: skip
 
 
+def _lanes(steps: Mapping[str, Array]) -> list[int]:
+    """A thread for each step, so that steps of several servers do not lie over each other."""
+    lanes = [0] * len(steps["start"])
+    ends: dict[float, list[float]] = {}
+    clients, starts, stops = (steps[name].tolist() for name in ("client", "start", "end"))
+    for place in np.lexsort((steps["end"], steps["start"])).tolist():
+        own = ends.setdefault(clients[place], [])
+        start, end = starts[place], stops[place]
+        lane = next((i for i, free in enumerate(own) if free <= start), len(own))
+        own[lane : lane + 1] = [end]
+        lanes[place] = lane
+    return lanes
+
+
 def _steps(steps: Mapping[str, Array]) -> Iterator[Event]:
-    for row in _rows(steps):
+    for row, lane in zip(_rows(steps), _lanes(steps), strict=True):
         process = int(row["client"])
         parts: list[str] = []
         if row["prefill_requests"]:
@@ -78,7 +94,7 @@ def _steps(steps: Mapping[str, Array]) -> Iterator[Event]:
         name = " + ".join(parts) or "cut off"
         if row["steps"] > 1:
             name += f", {row['steps']:.0f} steps"
-        yield _slice(process, 0, name, row["start"], row["end"], context=row["context"],
+        yield _slice(process, lane, name, row["start"], row["end"], context=row["context"],
                      joules=row["joules"])  # fmt: skip
         counters = {"waiting": row["waiting"], "decodes": row["decodes"], "blocks": row["blocks"]}
         for counter, value in counters.items():
@@ -104,5 +120,5 @@ def _transfers(tables: Tables, clients: Sequence[Mapping[str, Any]]) -> Iterator
         name = f"to {clients[int(row['target'])]['name']}"
         for phase, time in (("b", row["start"]), ("e", row["end"])):
             yield {"ph": phase, "cat": "transfer", "id": number, "pid": int(row["source"]),
-                   "tid": 1, "name": name, "ts": time * 1e6,
+                   "tid": 0, "name": name, "ts": time * 1e6,
                    "args": {"request": row["request"], "bytes": row["bytes"]}}  # fmt: skip

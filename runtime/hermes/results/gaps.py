@@ -8,10 +8,11 @@ import numpy as np
 
 from fxgraft.runtime.hermes.client import GAP_COLUMNS, STEP_COLUMNS
 from fxgraft.runtime.hermes.log import Array
-from fxgraft.runtime.hermes.percentiles import weighted_nearest_rank
+from fxgraft.runtime.hermes.percentiles import PERCENTS, weighted_nearest_ranks
 
 _BINS_PER_E = 1000
 _LOWEST = 1e-9
+_CHUNK = 1 << 16
 
 
 def gap_values(steps: Mapping[str, Array], gaps: Mapping[str, Array]) -> tuple[Array, Array]:
@@ -52,6 +53,16 @@ class GapHistogram:
         self.counts = np.zeros(size)
         self.total = 0.0
 
+    @staticmethod
+    def of(steps: Mapping[str, Array], gaps: Mapping[str, Array]) -> GapHistogram:
+        """The gaps of logs that were kept, chunk by chunk."""
+        found = GapHistogram()
+        for table, add in ((steps, found.add_steps), (gaps, found.add_gaps)):
+            rows = len(next(iter(table.values())))
+            for start in range(0, rows, _CHUNK):
+                add(np.stack([column[start : start + _CHUNK] for column in table.values()], axis=1))
+        return found
+
     def add_steps(self, chunk: Array) -> None:
         """Rows of ``STEP_COLUMNS``."""
         self._add(*_step_gaps({name: chunk[:, i] for i, name in enumerate(STEP_COLUMNS)}))
@@ -72,13 +83,17 @@ class GapHistogram:
         filled = np.flatnonzero(self.counts)
         return _LOWEST * np.exp((filled + 0.5) / _BINS_PER_E), self.counts[filled]
 
+    def describe(self) -> dict[str, float]:
+        """Count, exact mean, and percentiles to one part in a thousand."""
+        values, weights = self.values()
+        count = float(weights.sum())
+        return describe_gaps(values, weights, self.total / count if count else float("nan"))
+
 
 def describe_gaps(values: Array, weights: Array, mean: float | None = None) -> dict[str, float]:
     """Count, mean and percentiles of gaps."""
     count = float(weights.sum())
     if mean is None:
         mean = float(values @ weights / count) if count else float("nan")
-    found = {"count": count, "mean": mean}
-    for percent in (50, 90, 95, 99):
-        found[f"p{percent}"] = weighted_nearest_rank(values, weights, percent)
-    return found
+    ranks = zip(PERCENTS, weighted_nearest_ranks(values, weights), strict=True)
+    return {"count": count, "mean": mean} | {f"p{percent}": value for percent, value in ranks}

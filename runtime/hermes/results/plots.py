@@ -65,6 +65,13 @@ def _chosen(count: int) -> npt.NDArray[np.int64]:
     return np.asarray(places, np.int64)
 
 
+def _time_since(moments: Array, times: Array) -> Array:
+    """Seconds from each moment to each time, those after it left out and the rest added up [T]."""
+    moments = np.sort(moments)
+    count = np.searchsorted(moments, times)
+    return count * times - np.concatenate([[0.0], np.cumsum(moments)])[count]
+
+
 def _over_time(
     figure_of: Any, steps: Mapping[str, Array], clients: Sequence[str], path: Path
 ) -> Path:
@@ -81,7 +88,7 @@ def _over_time(
         chosen = _chosen(int(own.sum()))
         for axes, (column, _) in zip(panels, names, strict=False):
             axes.step(time[chosen], steps[column][own][chosen], where="post", label=client, lw=0.8)
-        busy, _ = np.histogram(time, bounds, weights=length)
+        busy = np.diff(_time_since(time, bounds) - _time_since(time + length, bounds))
         panels[3].step(bounds[:-1], busy / np.diff(bounds), where="post", label=client, lw=0.8)
     for axes, title in zip(panels, [*(n for _, n in names), "busy share"], strict=True):
         axes.set_ylabel(title)

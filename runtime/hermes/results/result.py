@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -69,10 +70,13 @@ class Result:
         length = self.seconds - arrival
         shared = self.slos[0] if len(set(self.slos)) == 1 else None
         total = of_requests(requests, length, shared)
+        by_workload = [total] if len(self.workloads) == 1 else [
+            self._of_workload(number, length) for number in range(len(self.workloads))
+        ]  # fmt: skip
         joules = sum(client["joules"] for client in self.clients)
         dollars = sum(client["dollars"] for client in self.clients)
         tokens = total["output_tokens"]
-        total |= {
+        total = total | {
             "itl": self._token_gaps(),
             "joules": joules,
             "joules_per_token": joules / tokens if tokens else math.nan,
@@ -84,8 +88,7 @@ class Result:
             "seconds": self.seconds,
             "events": self.events,
             "total": total,
-            "workloads": {name: self._of_workload(i, length)
-                          for i, name in enumerate(self.workloads)},
+            "workloads": dict(zip(self.workloads, by_workload, strict=True)),
             "clients": self.clients,
             "links": self.links,
             "rejections": self._reasons(),
@@ -99,17 +102,17 @@ class Result:
 
     def _token_gaps(self) -> dict[str, float]:
         steps = self.tables.get("steps")
-        if steps is not None and "gaps" in self.tables and steps["steps"].sum() < _EXACT_ROWS:
+        if steps is None or "gaps" not in self.tables:
+            return self.gaps.describe()
+        if steps["steps"].sum() < _EXACT_ROWS:
             return describe_gaps(*gap_values(steps, self.tables["gaps"]))
-        values, weights = self.gaps.values()
-        count = float(weights.sum())
-        return describe_gaps(values, weights, self.gaps.total / count if count else math.nan)
+        return GapHistogram.of(steps, self.tables["gaps"]).describe()
 
     def _reasons(self) -> list[dict[str, Any]]:
         """Reasons of rejections, with the numbers in them left out, and an example of each."""
         found: dict[str, dict[str, Any]] = {}
         for index, reason in self.reasons.items():
-            kind = "".join("#" if c.isdigit() else c for c in reason)
+            kind = re.sub(r"\d+", "#", reason)
             entry = found.setdefault(kind, {"reason": reason, "request": index, "count": 0})
             entry["count"] += 1
         return list(found.values())

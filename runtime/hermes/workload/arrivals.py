@@ -113,6 +113,7 @@ class Trace(Section):
     Attributes:
         file: with columns ``arrival, prompt, output`` and perhaps ``context, key``, or in the
             format of the public Azure traces: ``TIMESTAMP, ContextTokens, GeneratedTokens``.
+            Arrivals are in seconds; timestamps count from the first row.
         stretch: factor on the gaps; below 1 is more load.
         sort: whether rows may be out of order; they are sorted then, and the report says so.
     """

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from fxgraft.errors import InputError
 from fxgraft.runtime.hermes.request import Plan, Prefix, Request
 from fxgraft.runtime.hermes.stages import DECODE_KINDS, Chain
 from fxgraft.runtime.hermes.workload.arrivals import BLOCK, Closed, Trace
@@ -141,8 +142,8 @@ class WorkloadSource:
         self.sorted_rows = 0
         self._number = number
         self._numbers = numbers
-        trace = self._read()
-        self._shapes = Shapes(workload, number, seed, trace)
+        trace, lengths = self._read()
+        self._shapes = Shapes(workload, number, seed, lengths)
         self._left = workload.requests or (len(trace.arrival) if trace else 0)
         self._chain: Chain = workload.stages()
         self._planned = workload.is_planned()
@@ -151,13 +152,21 @@ class WorkloadSource:
         self._think = stream(seed, number, THINK)
         self._times: Iterator[float] = self._arrivals(trace)
 
-    def _read(self) -> TraceRows | None:
+    def _read(self) -> tuple[TraceRows | None, TraceRows | None]:
+        """The traces of arrivals and of lengths, which may be one."""
         workload, arrivals = self.workload, self.workload.arrivals
+        trace: TraceRows | None = None
         if isinstance(arrivals, Trace):
             trace = read_trace(arrivals.file, sort=arrivals.sort)
             self.sorted_rows = trace.sorted_rows
-            return trace
-        return read_trace(workload.lengths.file, arrivals=False) if workload.lengths else None
+        lengths = trace
+        if workload.lengths:
+            lengths = read_trace(workload.lengths.file, arrivals=False)
+        if workload.wants_context and not (lengths and lengths.has_context):
+            raise InputError(
+                f"workload {workload.name!r} retrieves prior context, and its trace has no column "
+                "context", "add the column, or give `context`")  # fmt: skip
+        return trace, lengths
 
     def _arrivals(self, trace: TraceRows | None) -> Iterator[float]:
         arrivals = self.workload.arrivals

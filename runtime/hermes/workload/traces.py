@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,10 +22,12 @@ class TraceRows:
     """The columns of a trace.
 
     Attributes:
-        arrival: seconds from the first row of the file, float64 [N]; empty if the file has none.
+        arrival: seconds, float64 [N]; timestamps count from the first row. Empty if the file has
+            none.
         prompt, output: tokens, int64 [N].
         context: tokens of prior context, int64 [N]; zeros if the file has none.
         key: of prior context, int64 [N]; -1 if the file has none.
+        has_context: whether the file has a column of prior context.
         sorted_rows: rows that were out of order and moved.
     """
 
@@ -34,6 +36,7 @@ class TraceRows:
     output: npt.NDArray[np.int64]
     context: npt.NDArray[np.int64]
     key: npt.NDArray[np.int64]
+    has_context: bool = False
     sorted_rows: int = 0
 
 
@@ -53,8 +56,8 @@ def read_trace(file: Path, *, arrivals: bool = True, sort: bool = False) -> Trac
             rows = list(csv.reader(stream))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"trace {file} cannot be read: {error}", "give a CSV file") from error
-    if len(rows) < 2:
-        raise InputError(f"trace {file} has no requests", "give a header and one row per request")
+    if not rows:
+        raise InputError(f"trace {file} is empty", "give a header and one row per request")
     names = [AZURE.get(name.strip(), name.strip()) for name in rows[0]]
     needed = (*REQUIRED, "arrival") if arrivals else REQUIRED
     missing = [name for name in needed if name not in names]
@@ -65,23 +68,28 @@ def read_trace(file: Path, *, arrivals: bool = True, sort: bool = False) -> Trac
         )
     columns = {name: names.index(name) for name in (*REQUIRED, *OPTIONAL) if name in names}
     reader = _Reader(file, columns, is_azure="TIMESTAMP" in rows[0][columns.get("arrival", 0)])
-    found = [reader.row(number, row) for number, row in enumerate(rows[1:], 2) if row]
+    found = {number: reader.row(number, row) for number, row in enumerate(rows[1:], 2) if row}
+    if not found:
+        raise InputError(f"trace {file} has no requests", "give one row per request")
     return _assemble(file, found, sort=sort, arrivals=arrivals)
 
 
 def _assemble(
-    file: Path, found: list[dict[str, float]], *, sort: bool, arrivals: bool
+    file: Path, found: Mapping[int, dict[str, float]], *, sort: bool, arrivals: bool
 ) -> TraceRows:
-    def column(name: str, default: int) -> npt.NDArray[np.int64]:
-        return np.array([row.get(name, default) for row in found], np.int64)
+    numbers, rows = list(found), list(found.values())
 
-    times = np.array([row["arrival"] for row in found] if "arrival" in found[0] else [])
+    def column(name: str, default: int) -> npt.NDArray[np.int64]:
+        return np.array([row.get(name, default) for row in rows], np.int64)
+
+    times = np.array([row["arrival"] for row in rows] if "arrival" in rows[0] else [])
     late = np.flatnonzero(np.diff(times) < 0) if arrivals else np.array([], np.int64)
-    order = np.arange(len(found))
+    order = np.arange(len(rows))
     if len(late):
         if not sort:
+            row = numbers[int(late[0]) + 1]
             raise InputError(
-                f"trace {file}, row {late[0] + 3}: its arrival is before that of the row above",
+                f"trace {file}, row {row}: its arrival is before that of the row above",
                 "sort the file, or write `sort: true` to have it sorted",
             )
         order = np.argsort(times, kind="stable")
@@ -93,7 +101,8 @@ def _assemble(
         column("output", 0)[order],
         column("context", 0)[order],
         column("key", -1)[order],
-        int((order != np.arange(len(found))).sum()),
+        "context" in rows[0],
+        int((order != np.arange(len(rows))).sum()),
     )
 
 

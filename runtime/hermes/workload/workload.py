@@ -75,7 +75,7 @@ class Workload(Section):
 
     Attributes:
         name: for reports.
-        model: that its LLM stages run on.
+        model: that its LLM stages run on; may be left out where the clients serve only one.
         requests: how many; a trace has as many as rows.
         arrivals: when they come, see ``arrivals``.
         prompt, output: tokens, see ``lengths``.
@@ -129,8 +129,7 @@ class Workload(Section):
             raise ValueError("needs prompt and output, or lengths")
         if self.requests is None and not isinstance(self.arrivals, Trace):
             raise ValueError("needs the number of its requests")
-        wants_context = any(s.kind == "kv_retrieval" and not s.context_tokens for s in self.chain)
-        if wants_context and self.context is None and not self.has_trace:
+        if self.wants_context and not self.has_trace:
             raise ValueError("retrieves prior context and does not say how much: give context")
         return self
 
@@ -140,6 +139,12 @@ class Workload(Section):
         return self.lengths is not None or (
             isinstance(self.arrivals, Trace) and self.prompt is None
         )
+
+    @property
+    def wants_context(self) -> bool:
+        """Whether a stage retrieves prior context of a length that no key says."""
+        asks = any(s.kind == "kv_retrieval" and not s.context_tokens for s in self.chain)
+        return asks and self.context is None
 
     @property
     def is_closed(self) -> bool:

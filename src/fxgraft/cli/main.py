@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from fxgraft.cli import bench, export, inspect, run, serve, simulate
+from fxgraft.cli import bench, calibrate, export, inspect, run, serve, simulate
 from fxgraft.cli.console import fail
 from fxgraft.errors import ContractError, Error, InputError
 
@@ -27,6 +27,7 @@ app.command("passes")(inspect.passes)
 app.command("diff")(inspect.diff)
 app.command("draw")(inspect.draw)
 app.command("export")(export.export)
+app.command("calibrate")(calibrate.calibrate)
 app.command("bench")(bench.bench)
 app.command("serve")(serve.serve)
 app.command("simulate")(simulate.simulate)

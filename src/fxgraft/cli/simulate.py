@@ -43,7 +43,10 @@ def simulate(
     """Simulate requests through clients, and report latencies, goodput and energy."""
     changes = dict(_assignment(text, "--set") for text in change or [])
     if sweeps:
-        _only_alone(out=out, trace=trace, against=against, set=change)
+        _only_alone(
+            out=out, parquet=parquet, plots=plots, trace=trace, against=against, set=change,
+            stepwise=stepwise,
+        )  # fmt: skip
         values = {path: _listed(value) for path, value in (
             _assignment(text, "--sweep") for text in sweeps)}  # fmt: skip
         with step(f"simulate {system} at every point"):
@@ -69,7 +72,8 @@ def simulate(
 
 
 def _run(file: Path, changes: dict[str, object], stepwise: bool) -> Result:
-    system = System.read(file, changes)
+    with step(f"read {file}"):
+        system = System.read(file, changes)
     with step(f"simulate {file}"):
         return system.simulate(stepwise=stepwise)
 

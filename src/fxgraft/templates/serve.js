@@ -108,10 +108,21 @@ function layers(found) {
   byId("layers").replaceChildren(...items);
 }
 
+function policy(found) {
+  const gauges = Object.entries(found.policy);
+  byId("policy").hidden = !gauges.length;
+  const pairs = gauges.flatMap(([name, value]) => {
+    const words = name.replace("dsla_", "").replaceAll("_", " ");
+    const number = name.endsWith("pressure") ? `${Math.round(100 * value)} %` : whole(value);
+    return [element("dt", {}, words), element("dd", {}, number)];
+  });
+  byId("levels").replaceChildren(...pairs);
+}
+
 function show(found) {
   byId("login").hidden = true;
   byId("main").hidden = false;
-  for (const part of [head, requests, tokens, memory, times, layers]) part(found);
+  for (const part of [head, requests, tokens, memory, times, policy, layers]) part(found);
 }
 
 function lost(word) {

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
 from fxgraft.errors import InputError
-from fxgraft.runtime.engine import Change, EngineView
+from fxgraft.runtime.engine import Change, EngineView, RequestView
 from fxgraft.runtime.engine.policy import States
 from tests.runtime.engine._models import (
     assert_nothing_held,
@@ -29,6 +29,9 @@ class Switch:
         self.views: list[EngineView] = []
         self.converted: list[States] = []
 
+    def start(self, view: EngineView, request: RequestView) -> Mapping[str, int]:
+        return {}
+
     def decide(self, view: EngineView) -> Sequence[Change]:
         self.views.append(view)
         return [
@@ -42,6 +45,9 @@ class Switch:
         # Both ops keep the same keys and values.
         [(old, state)] = states.items()
         return {1 - old: dict(state)}
+
+    def gauges(self) -> Mapping[str, float]:
+        return {}
 
 
 def expected(tokens: list[int], count: int, switch: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""The example of a system file: it runs, and the fast way gives what single steps give."""
+"""The examples of system files: they run, and the fast way gives what single steps give."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fxgraft.cost_table import StepCostTable
 from fxgraft.errors import InputError
 from fxgraft.runtime.hermes.config.system import System
 from tests.runtime.hermes._systems import by_request
 
-EXAMPLE = Path(__file__).parents[3] / "examples" / "systems" / "conversation.yaml"
+FOLDER = Path(__file__).parents[3] / "examples" / "systems"
+EXAMPLE = FOLDER / "conversation.yaml"
 
 
 def test_the_example_equals_its_single_steps() -> None:
@@ -28,3 +30,25 @@ def test_the_example_equals_its_single_steps() -> None:
 def test_a_wrong_key_is_named_with_its_line() -> None:
     with pytest.raises(InputError, match=r"conversation.yaml.*workloads.0.arrivals.*pace"):
         System.read(EXAMPLE, {"workloads.0.arrivals": {"kind": "poisson", "pace": 3.0}})
+
+
+@pytest.mark.slow
+def test_a_gpu_and_a_chip_serve_together(tmp_path: Path) -> None:
+    """From the model and its passes to joules by one file; tables are kept for the second time."""
+    changes = {
+        "workloads.0.requests": 40,
+        "clients.0.cost.keep": str(tmp_path / "gpu.json"),
+        "clients.1.cost.keep": str(tmp_path / "chip.json"),
+    }
+    result = System.read(FOLDER / "flexcim_decode.yaml", changes).simulate()
+    assert result.summary["total"]["completed"] == 40
+    gpu, chip = result.clients
+    assert gpu["served"] == 40
+    assert 0 < chip["step_joules"] < gpu["joules"]
+    tables = [StepCostTable.load(tmp_path / name) for name in ("gpu.json", "chip.json")]
+    assert [table.identity.backend for table in tables] == ["roofline", "flexcim"]
+    assert [len(table.identity.passes) for table in tables] == [0, 1]
+
+
+def test_every_example_has_a_test() -> None:
+    assert {file.name for file in FOLDER.iterdir()} == {"conversation.yaml", "flexcim_decode.yaml"}

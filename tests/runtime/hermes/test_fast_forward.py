@@ -20,7 +20,7 @@ from fxgraft.runtime.hermes.results.gaps import gap_values
 from tests.runtime.hermes._systems import by_request, draw_requests, llm, run
 
 AFFINE = AffineCost(7.3e-3, 41e-6, 0.37e-3, 1.13e-6, 0.4e-6, 3e-9, watts=200.0)
-STRATEGIES = ("static", "continuous", "mixed", "chunked", "running_first")
+STRATEGIES = ("static", "continuous", "mixed", "chunked", "running_first", "alternating")
 
 
 def table_cost() -> StepCost:

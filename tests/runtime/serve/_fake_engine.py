@@ -28,7 +28,7 @@ class FakeRequest:
     on_tokens: Callable[[FakeRequest, Sequence[int]], None] | None
     answer: Sequence[int]
     matcher: StopStringMatcher
-    inputs: dict[str, float]
+    inputs: dict[str, float | str]
     tokens: list[int] = field(default_factory=list[int])
     status: str = "queued"
     finish_reason: str | None = None
@@ -79,7 +79,7 @@ class FakeEngine:
         prompt: Sequence[int],
         sampling: SamplingOptions,
         *,
-        inputs: Mapping[str, float] | None = None,
+        inputs: Mapping[str, float | str] | None = None,
         on_tokens: Callable[[FakeRequest, Sequence[int]], None] | None = None,
     ) -> FakeRequest:
         self.threads.add(threading.get_ident())
@@ -90,6 +90,8 @@ class FakeEngine:
             raise InputError("a token id is outside the vocabulary", "use its tokenizer")
         if set(inputs or {}) - {"strength"}:
             raise InputError(f"this model has no per-request input {inputs}", "it has: strength")
+        if any(isinstance(value, str) for value in (inputs or {}).values()):
+            raise InputError(f"per-request input {inputs} is a text", "give a number")
         if sampling.eos_token_id is None:
             sampling = sampling.model_copy(update={"eos_token_id": self.eos})
         matcher = StopStringMatcher(sampling.stop_strings, self.vocabulary)

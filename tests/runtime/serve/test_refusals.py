@@ -38,7 +38,8 @@ WRONG_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"presence_penalty": 1}, "presence_penalty", "not supported"),
     ({"logit_bias": {"5": 1}}, "logit_bias", "not supported"),
     ({"min_tokens": 5, "max_tokens": 3}, "", "min_new_tokens=5 is over max_new_tokens=3"),
-    ({"inputs": {"strength": "x"}}, "inputs.strength", "number"),
+    ({"inputs": {"strength": "x"}}, "", "give a number"),
+    ({"inputs": {"strength": [1.0]}}, "inputs.strength", "number"),
     ({"inputs": {"colour": 1.0}}, "", "no per-request input"),
 ]
 COMPLETION_FIELDS: list[tuple[dict[str, Any], str, str]] = [

@@ -1,0 +1,259 @@
+"""Chunkwise Triton kernels of ``linear_attention``: states at chunk starts, then outputs.
+
+The formulas are those of ``chunkwise``, on heads whose N states of Dk × Dv are one of W × Dv,
+W = N · Dk. ``states_kernel`` runs over the chunks of a sequence for a block of the state;
+``output_kernel`` takes all chunks at once. The decay between two tokens is a product of two
+factors, so log decays must be bounded, see ``chunkwise.LARGEST_SUM``.
+"""
+
+# Triton's language is untyped.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownParameterType=false, reportUnknownArgumentType=false
+# pyright: reportMissingParameterType=false
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fxgraft.kernels.launch import wait_for_inputs
+from fxgraft.kernels.linear_attention.gate_kernel import log_decay, write_factor
+
+
+@triton.jit
+def chunk_of(
+    chunk, row, bounds, starts, chunks_row, length, CHUNK: tl.constexpr, SEQUENCES: tl.constexpr
+):
+    """Where a chunk lies.
+
+    Args:
+        chunk: number of the chunk, in its row or (packed) among all.
+        row: of the batch.
+        bounds: cu_seqlens, or None.
+        starts: number of each sequence's first chunk, if packed.
+        chunks_row: chunks of a row, or (packed) sequences.
+        SEQUENCES: packed sequences as a power of 2.
+
+    Returns:
+        Row of the tensors, first token, end, and the number under which its state is kept; the
+        first token is not before the end if there is no such chunk.
+    """
+    first, end, number = chunk * CHUNK, length + chunk * 0, row * chunks_row + chunk
+    if bounds is not None:
+        each = tl.arange(0, SEQUENCES)
+        begun = tl.load(starts + each, mask=each < chunks_row, other=chunk + 1) <= chunk
+        sequence = tl.sum(begun.to(tl.int32), axis=0) - 1
+        first = tl.load(bounds + sequence) + (chunk - tl.load(starts + sequence)) * CHUNK
+        end, number = tl.load(bounds + sequence + 1), chunk
+        row = row * 0
+    return row, first, end, number
+
+
+@triton.jit
+def decayed_keys(
+    keys, gates, mask, token, end, wide, key_token, gate_token,
+    KEY_DIM: tl.constexpr, WIDTH: tl.constexpr,
+    TEMPERATURE: tl.constexpr, FLOOR: tl.constexpr, SCALES_WRITES: tl.constexpr,
+):  # fmt: skip
+    """What the tokens of a chunk write, and the sums of their log decays.
+
+    Args:
+        keys, gates: pointers to [wide] of token 0.
+        mask: pointer to token 0's, or None.
+        token, end: [C] and the first token that is not of the sequence.
+        wide: [K], rows of the state.
+
+    Returns:
+        Keys [C, K], running sums [C, K], and the whole sum [K].
+    """
+    inside = (token < end)[:, None] & (wide < WIDTH)[None, :]
+    channel = wide % KEY_DIM
+    k = tl.load(keys + token[:, None] * key_token + channel[None, :], mask=inside, other=0.0)
+    logits = tl.load(gates + token[:, None] * gate_token, mask=inside, other=0.0)
+    k, decay = k.to(tl.float32), log_decay(logits.to(tl.float32), TEMPERATURE, FLOOR)
+    if SCALES_WRITES:
+        k *= write_factor(decay)
+    if mask is not None:
+        is_real = tl.load(mask + token, mask=token < end, other=0) != 0
+        inside = inside & is_real[:, None]
+    k, decay = tl.where(inside, k, 0.0), tl.where(inside, decay, 0.0)
+    return k, tl.cumsum(decay, axis=0), tl.sum(decay, axis=0)
+
+
+@triton.jit
+def gates_at(
+    gate, row, head, wide, gate_row, gate_head, gate_state, gate_channel, KEY_DIM: tl.constexpr
+):
+    """Pointers [1, K] to the gates of token 0."""
+    places = (wide // KEY_DIM) * gate_state + (wide % KEY_DIM) * gate_channel
+    return gate + row * gate_row + head * gate_head + places[None, :]
+
+
+@triton.jit
+def product(left, right, DTYPE: tl.constexpr):
+    """Matrix product with operands of DTYPE and sums in float32."""
+    return tl.dot(left.to(DTYPE), right.to(DTYPE), input_precision="tf32x3")
+
+
+@triton.jit
+def load_values(values, token, end, column, value_token, mask, VALUE_DIM: tl.constexpr):
+    """[C, V] of one head; 0 outside the sequence and for padding."""
+    inside = (token < end)[:, None] & (column < VALUE_DIM)[None, :]
+    if mask is not None:
+        inside = inside & (tl.load(mask + token, mask=token < end, other=0) != 0)[:, None]
+    return tl.load(values + token[:, None] * value_token + column[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def scaled_queries(
+    query, mixing, row, token, end, head, wide, query_row, query_token, query_head, mixing_head,
+    scale, KEY_DIM: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """[C, K]: queries of one head, with scale and the weight of their state."""
+    in_w = wide < WIDTH
+    places = query + row * query_row + token[:, None] * query_token + head * query_head
+    inside = (token < end)[:, None] & in_w[None, :]
+    q = tl.load(places + (wide % KEY_DIM)[None, :], mask=inside, other=0.0).to(tl.float32)
+    weight = tl.load(mixing + head * mixing_head + wide // KEY_DIM, mask=in_w, other=0.0)
+    return q * (scale * weight.to(tl.float32))[None, :]
+
+
+@triton.jit
+def states_kernel(
+    key, value, gate, mask, bounds, starts, before, after, slots, past, states,
+    key_row, key_token, key_head, value_row, value_token, value_head,
+    gate_row, gate_token, gate_head, gate_state, gate_channel,
+    mask_row, before_slot, after_slot, length, chunks_row,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, KEY_GROUP: tl.constexpr,
+    STATES: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    TEMPERATURE: tl.constexpr, FLOOR: tl.constexpr, SCALES_WRITES: tl.constexpr,
+    CHUNK: tl.constexpr, SEQUENCES: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, DTYPE: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """Keep the state before each chunk, for BLOCK_K × BLOCK_V of a head's state.
+
+    Args:
+        states: [chunks, HEADS, W, VALUE_DIM]; the other arguments as in ``step_kernel``.
+    """
+    WIDTH: tl.constexpr = STATES * KEY_DIM
+    pair = tl.program_id(0)
+    row, head = (pair // HEADS).to(tl.int64), pair % HEADS
+    wide = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    column = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
+    wait_for_inputs(PDL)
+    slot, is_active, has_past = row, row >= 0, row >= 0
+    if slots is not None:
+        slot, seen = tl.load(slots + row).to(tl.int64), tl.load(past + row)
+        is_active = (slot >= 0) & (seen >= 0)
+        has_past = is_active & (seen > 0)
+    first, end, number = row * 0, row * 0 + length, row * chunks_row
+    if bounds is not None:
+        first, end = tl.load(bounds + row).to(tl.int64), tl.load(bounds + row + 1).to(tl.int64)
+        number = tl.load(starts + row).to(tl.int64)
+        row = row * 0
+    cells = wide[:, None] * VALUE_DIM + column[None, :]
+    in_state = (wide < WIDTH)[:, None] & (column < VALUE_DIM)[None, :]
+    of_head = head * WIDTH * VALUE_DIM + cells
+    memory = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
+    if before is not None:
+        found = tl.load(before + slot * before_slot + of_head, mask=in_state & has_past, other=0.0)
+        memory = found.to(tl.float32)
+    keys = key + row * key_row + (head // KEY_GROUP) * key_head
+    values = value + row * value_row + (head // KEY_GROUP) * value_head
+    gates = gates_at(gate, row, head, wide, gate_row, gate_head, gate_state, gate_channel, KEY_DIM)
+    if mask is not None:
+        mask += row * mask_row
+    for _ in range(tl.cdiv(end - first, CHUNK).to(tl.int32)):
+        place = states + (number * HEADS + head) * WIDTH * VALUE_DIM + cells
+        tl.store(place, memory.to(states.dtype.element_ty), mask=in_state)
+        token = first + tl.arange(0, CHUNK)
+        k, sums, last = decayed_keys(
+            keys, gates, mask, token, end, wide, key_token, gate_token,
+            KEY_DIM, WIDTH, TEMPERATURE, FLOOR, SCALES_WRITES,
+        )  # fmt: skip
+        v = load_values(values, token, end, column, value_token, mask, VALUE_DIM)
+        written = tl.trans(k * tl.exp(last[None, :] - sums))
+        memory = memory * tl.exp(last)[:, None] + product(written, v, DTYPE)
+        first += CHUNK
+        number += 1
+    target = after + slot * after_slot + of_head
+    tl.store(target, memory.to(after.dtype.element_ty), mask=in_state & is_active)
+
+
+@triton.jit
+def output_kernel(
+    query, key, value, gate, mixing, norm_weight, mask, bounds, starts, past, states, output,
+    query_row, query_token, query_head, key_row, key_token, key_head,
+    value_row, value_token, value_head,
+    gate_row, gate_token, gate_head, gate_state, gate_channel,
+    mixing_head, norm_head, mask_row, length, chunks_row, scale, eps,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, KEY_GROUP: tl.constexpr,
+    STATES: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    TEMPERATURE: tl.constexpr, FLOOR: tl.constexpr, SCALES_WRITES: tl.constexpr,
+    CHUNK: tl.constexpr, SEQUENCES: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, DTYPE: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """Outputs of one chunk and query head, BLOCK_V columns of them (all, with a norm).
+
+    Args:
+        past: as in ``step_kernel``; outputs of rows without a request are 0.
+        output: [rows, tokens, query heads, VALUE_DIM]; the other arguments as in
+            ``states_kernel``.
+    """
+    WIDTH: tl.constexpr = STATES * KEY_DIM
+    pair = tl.program_id(1)
+    row, query_index = (pair // (HEADS * GROUP)).to(tl.int64), pair % (HEADS * GROUP)
+    head = query_index // GROUP
+    column = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
+    wait_for_inputs(PDL)
+    is_active = row >= 0
+    if past is not None:
+        is_active = tl.load(past + row) >= 0
+    row, first, end, number = chunk_of(
+        tl.program_id(0).to(tl.int64), row, bounds, starts, chunks_row, length, CHUNK, SEQUENCES
+    )
+    if first < end:
+        token = first + tl.arange(0, CHUNK)
+        keys = key + row * key_row + (head // KEY_GROUP) * key_head
+        values = value + row * value_row + (head // KEY_GROUP) * value_head
+        if mask is not None:
+            mask += row * mask_row
+        scores = tl.zeros((CHUNK, CHUNK), tl.float32)
+        result = tl.zeros((CHUNK, BLOCK_V), tl.float32)
+        for start in range(0, WIDTH, BLOCK_K):
+            wide = start + tl.arange(0, BLOCK_K)
+            gates = gates_at(
+                gate, row, head, wide, gate_row, gate_head, gate_state, gate_channel, KEY_DIM
+            )
+            k, sums, _ = decayed_keys(
+                keys, gates, mask, token, end, wide, key_token, gate_token,
+                KEY_DIM, WIDTH, TEMPERATURE, FLOOR, SCALES_WRITES,
+            )  # fmt: skip
+            q = scaled_queries(
+                query, mixing, row, token, end, query_index, wide,
+                query_row, query_token, query_head, mixing_head, scale, KEY_DIM, WIDTH,
+            )  # fmt: skip
+            q *= tl.exp(sums)
+            scores += product(q, tl.trans(k * tl.exp(-sums)), DTYPE)
+            in_state = (wide < WIDTH)[:, None] & (column < VALUE_DIM)[None, :]
+            cells = (number * HEADS + head) * WIDTH * VALUE_DIM
+            cells += wide[:, None] * VALUE_DIM + column[None, :]
+            memory = tl.load(states + cells, mask=in_state, other=0.0)
+            result += product(q, memory, DTYPE)
+        within = tl.arange(0, CHUNK)
+        # Selected away, never multiplied: above the diagonal they may be huge.
+        scores = tl.where(within[:, None] >= within[None, :], scores, 0.0)
+        v = load_values(values, token, end, column, value_token, mask, VALUE_DIM)
+        result += product(scores, v, DTYPE)
+        if norm_weight is not None:
+            factor = tl.rsqrt(tl.sum(result * result, axis=1) / VALUE_DIM + eps)
+            places = norm_weight + query_index * norm_head + column
+            gain = tl.load(places, mask=column < VALUE_DIM, other=0.0).to(tl.float32)
+            result = result * factor[:, None] * gain[None, :]
+        result = tl.where(is_active, result, 0.0)
+        rows = (row * length + token) * HEADS * GROUP + query_index
+        target = output + rows[:, None] * VALUE_DIM + column[None, :]
+        inside = (token < end)[:, None] & (column < VALUE_DIM)[None, :]
+        tl.store(target, result.to(output.dtype.element_ty), mask=inside)

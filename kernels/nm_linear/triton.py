@@ -1,0 +1,127 @@
+"""Launches the Triton kernels of N:M sparse linear layers."""
+
+# Triton's language is untyped.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownParameterType=false, reportUnknownArgumentType=false
+# pyright: reportMissingParameterType=false
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxgraft.kernels.launch import (
+    DTYPES,
+    arrival_counters,
+    blocks_of,
+    launch_options,
+    over,
+    power_of_2,
+)
+from fxgraft.kernels.nm_linear import config as configs
+from fxgraft.kernels.nm_linear.config import Config
+from fxgraft.kernels.nm_linear.config import has_tiles as has_tiles
+from fxgraft.kernels.nm_linear.layout import Layout
+from fxgraft.kernels.nm_linear.matrix_kernel import matrix_kernel
+from fxgraft.kernels.nm_linear.tile import unpack_kernel
+from fxgraft.kernels.nm_linear.vector_kernel import vector_kernel
+
+
+def config_for(x: Tensor, values: Tensor, indices: Tensor, layout: Layout) -> Config | None:
+    """How to run x [..., K] on a packed weight, or None where no kernel takes it."""
+    packed = values.is_contiguous() and indices.is_contiguous()
+    if x.dtype not in DTYPES or not packed or x.numel() == 0 or values.numel() == 0:
+        return None
+    rows = x.numel() // x.shape[-1]
+    return configs.config_for(x.device, x.dtype, values.shape[2], layout, rows)
+
+
+def nm_linear(
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    layout: Layout,
+    config: Config,
+    activation: str | None = None,
+) -> Tensor:
+    """Run the kernel ``"vector"`` or ``"matrix"`` of a configuration.
+
+    The other arguments and the result are those of ``fxgraft.kernels.nm_linear.op``.
+    """
+    features, rows = values.shape[2], x.numel() // x.shape[-1]
+    x = x.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    width = features if activation is None else features // 2
+    output = torch.empty((*x.shape[:-1], width), dtype=x.dtype, device=x.device)
+    is_vector = config.kernel == "vector"
+    block_r = power_of_2(rows) if is_vector else config.block_r
+    blocks, row_blocks = blocks_of(features, config.block_n), blocks_of(rows, block_r)
+    partial = arrived = None
+    if config.split_k > 1:
+        size = blocks * row_blocks * config.split_k * block_r * config.block_n
+        partial = torch.empty(size, dtype=torch.float32, device=x.device)
+        arrived = arrival_counters(x.device, blocks * row_blocks)
+    common: dict[str, Any] = {
+        **_constants(layout),
+        "ACTIVATION": activation,
+        "BLOCK_R": block_r,
+        "BLOCK_N": config.block_n,
+        "BLOCK_C": config.block_c,
+        "SPLIT_K": config.split_k,
+        "num_warps": config.warps,
+        **launch_options(x.device),
+    }
+    tensors = (indices, bias, residual, output, partial, arrived)
+    if is_vector:
+        over(vector_kernel, blocks, config.split_k)(
+            x, values, *tensors, features, layout.chunks,
+            INNER=layout.columns,
+            ROWS=rows,
+            EVEN=layout.chunks % (config.block_c * config.split_k) == 0,
+            PREFETCH=config.prefetch,
+            ASSEMBLY=x.is_cuda,
+            **common,
+        )  # fmt: skip
+        return output
+    over(matrix_kernel, blocks, config.split_k, row_blocks)(
+        x, _pairs(values), *tensors, rows, features, layout.chunks, **common
+    )
+    return output
+
+
+def unpack(values: Tensor, indices: Tensor, layout: Layout) -> Tensor:
+    """The dense weight [rows, K] of a packed one of 16-bit values with tiles."""
+    features = values.shape[2]
+    dense = torch.empty(features, layout.columns, dtype=values.dtype, device=values.device)
+    block_n, block_c = 32, 4
+    over(unpack_kernel, blocks_of(features, block_n), blocks_of(layout.chunks, block_c))(
+        _pairs(values), indices, dense.view(torch.uint16), features, layout.chunks,
+        **_constants(layout),
+        BLOCK_N=block_n,
+        BLOCK_C=block_c,
+        num_warps=4,
+    )  # fmt: skip
+    return dense
+
+
+def _pairs(values: Tensor) -> Tensor:
+    """The same memory as int32; a dimension of size 1 may have any stride, so there is only one."""
+    return values.reshape(-1).view(torch.int32)
+
+
+def _constants(layout: Layout) -> dict[str, Any]:
+    """What kernels know of a layout while they are compiled."""
+    return {
+        "N": layout.n,
+        "M": layout.m,
+        "LANE": layout.lane,
+        "WORDS": layout.words,
+        "CODE_BITS": layout.code_bits,
+        "POSITION_BITS": layout.position_bits,
+        "IS_MASK": layout.is_mask,
+    }
