@@ -6,10 +6,11 @@
 
 * steps: captured decode steps at levels 0 to 100 % of the layers, by batch and context, against the
   bytes that each must move (weights, keys and values, states) at the bandwidth of a device copy.
-* fold: seconds of folding 4 requests of 16 K tokens in 16 layers, the allocator's calls on the way,
-  and the largest gap between tokens.
-* crunch: Poisson arrivals of the paper's mix of prompt lengths until memory is short, with the policy
-  and without; latency per token, preemptions, and what the policy costs where nothing is short.
+* fold: seconds of folding 4 requests of 16 K tokens in 16 layers, the allocator's calls on the
+  way, and the largest gap between tokens.
+* crunch: Poisson arrivals of the paper's mix of prompt lengths until memory is short, with the
+  policy and without; latency per token, preemptions, and what the policy costs where nothing is
+  short.
 
 Every part runs in a process of its own.
 """
@@ -33,6 +34,7 @@ from _engine_load import Arrival
 
 import fxgraft
 from fxgraft import results
+from fxgraft.generation import SamplingOptions
 from fxgraft.passes.dsla import Dsla
 from fxgraft.passes.dsla.levels import at_level, state_bytes
 from fxgraft.runtime.dsla_serve import DslaServe, Rules
@@ -153,7 +155,7 @@ def fold(smoke: bool) -> Figures:
         memory_bytes=2**22 if smoke else None,
     ), policy=policy)  # fmt: skip
     engine.warm_up()
-    sampling = fxgraft.generation.SamplingOptions(max_new_tokens=48, eos_token_id=())
+    sampling = SamplingOptions(max_new_tokens=48, eos_token_id=())
     vocabulary = 128 if smoke else 32000
     for row in range(size["requests"]):
         tokens = [3 + t % (vocabulary - 3) for t in range(row, row + size["tokens"])]

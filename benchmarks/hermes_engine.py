@@ -48,6 +48,7 @@ class Setting:
         passes: by name, the first of which serves the load.
         options: of the engine.
         prompt, output: ranges of lengths; the upper ends are excluded.
+        repeats: steps that are timed together, see ``measure_table``.
     """
 
     model: Any
@@ -57,6 +58,7 @@ class Setting:
     options: EngineOptions
     prompt: tuple[int, int]
     output: tuple[int, int]
+    repeats: int = 8
 
 
 def main() -> None:
@@ -67,7 +69,8 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the result")
     options = parser.parse_args()
-    torch.set_num_threads(2) if options.device == "cpu" else None
+    if options.device == "cpu":
+        torch.set_num_threads(2)
     setting = on_cpu() if options.device == "cpu" else on_gpu(options.layers)
     with tempfile.TemporaryDirectory() as folder:
         rows, notes = measure(setting, options.requests, Path(folder))
@@ -82,10 +85,11 @@ def on_cpu() -> Setting:
     return Setting(
         SMOLLM2, "SmolLM2-135M", "torch",
         {"optimize": ["optimize"], "none": [],
-         "prune_heads 0.3, optimize": [{"prune_heads": {"sparsity": 0.3}}, "optimize"]},
+         "prune_heads 0.3, optimize": [{"prune_heads": {"sparsity": 0.3}}, "optimize"],
+         "prune_heads 0.6, optimize": [{"prune_heads": {"sparsity": 0.6}}, "optimize"]},
         EngineOptions(max_batch=8, max_context=512, chunk_tokens=128, prefix_reuse=False,
                       memory_bytes=2**28),
-        (16, 160), (8, 48),
+        (16, 160), (8, 48), repeats=2,
     )  # fmt: skip
 
 
@@ -139,7 +143,7 @@ def prepared(
     begun = time.perf_counter()
     compiled = fxgraft.compile(setting.model, list(passes), backend=setting.backend, check=False)
     engine = Engine(compiled, setting.options)
-    table = measure_table(compiled, engine=engine)
+    table = measure_table(compiled, engine=engine, repeats=setting.repeats)
     table.save(path)
     held_out = table.origin.held_out
     error = "" if held_out is None else f", held-out error {100 * held_out.mean:.1f} %"

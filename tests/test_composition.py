@@ -22,8 +22,9 @@ from fxgraft import registry
 from fxgraft.backend import find_backend
 from fxgraft.check import relative_error
 from fxgraft.collectives import share_of
-from fxgraft.errors import LoweringError, PassError
+from fxgraft.errors import InputError, LoweringError, PassError
 from fxgraft.generation import Vocabulary
+from fxgraft.passes.dsla import Dsla
 from fxgraft.passes.optimize import Optimize
 from fxgraft.passes.prune_heads import PruneHeads
 from fxgraft.passes.seal import Seal, SteeringVector
@@ -137,6 +138,49 @@ def spun(model: nn.Module, folder: Path) -> Generator[None]:
         handle.remove()
 
 
+@contextlib.contextmanager
+def second_linear(model: nn.Module, folder: Path) -> Generator[None]:
+    """The reference of ``dsla``: linear attention over the second layer's own projections."""
+
+    def attend(module: Any, _: Any, values: dict[str, Any], output: Any) -> Any:
+        x = values["hidden_states"]
+        query, key, value = (
+            projection(x).unflatten(-1, (-1, HEAD_DIM))
+            for projection in (module.q_proj, module.k_proj, module.v_proj)
+        )
+        weights = dsla_weights()
+        gate = torch.matmul(key.transpose(1, 2), weights["gate_weight"]).transpose(1, 2)
+        gate = gate.unflatten(-1, (-1, HEAD_DIM)) + weights["gate_bias"]
+        mixed, _ = torch.ops.fxgraft.linear_attention(
+            query, key, value, gate, weights["mixing"], weights["norm_weight"], masks[-1],
+            scale=HEAD_DIM**-0.5, temperature=16.0, floor=-1.0, write_scale="sqrt",
+        )  # fmt: skip
+        return (module.o_proj(mixed.flatten(2)), *output[1:])
+
+    masks: list[Tensor] = []
+
+    def note(_: nn.Module, args: tuple[Any, ...], values: dict[str, Tensor]) -> None:
+        masks.append(values["attention_mask"].bool())
+
+    handles = [
+        model.register_forward_pre_hook(note, with_kwargs=True),
+        layer(model, 1).self_attn.register_forward_hook(attend, with_kwargs=True),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@cache
+def dsla_weights() -> dict[str, Tensor]:
+    """What ``dsla`` adds to the second layer."""
+    after = apply(fxgraft.capture(model_folder.llama()), Dsla(layers=(1,)), check=False)
+    added = {name: weight for name, weight in after.weights() if ".dsla." in name}
+    return {name.rpartition(".")[2]: weight.detach() for name, weight in added.items()}
+
+
 def layer(model: nn.Module, index: int) -> Any:
     return cast(Any, model).model.layers[index]
 
@@ -173,6 +217,15 @@ def _is_new(before: bytes, after: bytes) -> bool:
 
 
 ROWS: dict[str, Row] = {
+    "dsla": Row(
+        lambda _: Dsla(layers=(1,)),
+        second_linear,
+        {
+            "dsla": "mixes tokens by linear_attention",
+            "prune_heads": r"mixes tokens by attention\+attention",
+            "spin": "spin",
+        },
+    ),
     # A second time there is no dense layer left; nor can heads be cut out of packed weights.
     "flow": Row(_flow.sparse_inputs, _flow.inputs_pruned, {"flow": "dense_weights"}),
     "optimize": Row(lambda _: Optimize(), as_it_is, {}),
@@ -181,6 +234,7 @@ ROWS: dict[str, Row] = {
         heads_zeroed({0: [1], 1: [0]}),
         # The groups that it left are of unequal size, so each is an attention of its own.
         {
+            "dsla": "requires the fact .has_attention.",
             "flow": "dense_weights",
             "prune_heads": r"heads of 'model\.layers\.0\.self_attn' cannot be pruned",
             "spin": r"fxgraft\.head_gate comes before the output projection",
@@ -195,7 +249,7 @@ ROWS: dict[str, Row] = {
     "spin": Row(
         lambda _: Spin(span=SPAN, heads=2, rows="all_text"),
         spun,
-        {"prune_heads": "divided among several attentions"},
+        {"dsla": "dsla", "prune_heads": "divided among several attentions"},
     ),
 }
 PAIRS = [(first, second) for first in ROWS for second in ROWS]
@@ -308,7 +362,7 @@ def test_a_pair_is_refused_exactly_if_its_rows_say_so(
     if reason is None:
         pipeline.validate(setting.program)
         return
-    with pytest.raises(PassError, match=reason) as caught:
+    with pytest.raises((PassError, InputError), match=reason) as caught:
         pipeline.run(setting.program)
     assert caught.value.remedy
 

@@ -74,7 +74,7 @@ def _fuse_nm_linear(node: Node) -> None:
     if place is node:
         return
     args = (*node.args[:3], argument(node, "bias"), residual)
-    kwargs = {name: value for name, value in node.kwargs.items() if name not in given}
+    kwargs: dict[str, Any] = {k: value for k, value in node.kwargs.items() if k not in given}
     if activation is not None:
         kwargs["activation"] = activation
     call = graphs.insert(place, fx.nm_linear.default, args, kwargs)

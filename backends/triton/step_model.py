@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from fxgraft.generation.prompts import integers
 from fxgraft.generation.unread import UnreadTokens
 from fxgraft.paged_model import PagedModel, Rows, RunPages
 from fxgraft.paging import PagedProgram
+from fxgraft.state import is_token_input
 from fxgraft.stepping import ProgramFacts
 
 Capture = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
@@ -62,9 +63,19 @@ class PagedStepModel(ProgramFacts):
 
     @torch.no_grad()
     def step(
-        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, state: RowState
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        state: RowState,
+        inputs: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, RowState]:
-        """Take new tokens in; see ``StepModel.step``."""
+        """Take new tokens in; see ``StepModel.step``.
+
+        Args:
+            input_ids, attention_mask, position_ids, state: see there.
+            inputs: values [B, ...] of the model's other inputs, with prompts only.
+        """
         batch, new = input_ids.shape
         real = [1] * batch if new == 1 else integers(attention_mask[:, -new:].sum(dim=1))
         self._reserve(self._row_count, max(p + n for p, n in zip(state.past, real, strict=True)))
@@ -73,7 +84,7 @@ class PagedStepModel(ProgramFacts):
             logits = self._decode(ids[:, 0], state)
         else:
             logits = torch.cat([
-                self._prefill(ids[i : i + 1, new - n :], row, past)
+                self._prefill(ids[i : i + 1, new - n :], row, past, self._of_row(inputs, i, n))
                 for i, (row, past, n) in enumerate(zip(state.rows, state.past, real, strict=True))
             ])  # fmt: skip
         past = [p + n for p, n in zip(state.past, real, strict=True)]
@@ -173,7 +184,19 @@ class PagedStepModel(ProgramFacts):
         )
         return self._model.decode(rows, self._chosen[:count])
 
-    def _prefill(self, ids: Tensor, row: int, past: int) -> Tensor:
+    def _of_row(
+        self, inputs: Mapping[str, Tensor] | None, row: int, real: int
+    ) -> dict[str, Tensor]:
+        """One row's values of other inputs, without those of padding."""
+        per_token = {spec.name for spec in self._paged.own_inputs if is_token_input(spec)}
+        return {
+            name: (value[row : row + 1, -real:] if name in per_token else value[row : row + 1]).to(
+                self._device
+            )
+            for name, value in (inputs or {}).items()
+        }
+
+    def _prefill(self, ids: Tensor, row: int, past: int, inputs: Mapping[str, Tensor]) -> Tensor:
         assert self._model is not None
         return self._model(
             Rows(
@@ -182,7 +205,7 @@ class PagedStepModel(ProgramFacts):
                 torch.full((1,), row + 1, dtype=torch.int64, device=self._device),
                 [table[:, row : row + 1] for table in self._tables],
                 past,
-                {},
+                inputs,
             )
         )
 

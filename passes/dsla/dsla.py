@@ -35,6 +35,7 @@ class Dsla(Pass):
 
     effect: ClassVar[Effect] = Effect.BEHAVIOUR
     requires: ClassVar[frozenset[str]] = frozenset({"stateless", "causal_lm"})
+    excludes: ClassVar[frozenset[str]] = frozenset({"spin"})
     removes: ClassVar[frozenset[str]] = frozenset({"has_attention"})
     looks_for: ClassVar[str] = "causal softmax attention"
     offline: ClassVar[type[OfflineStage] | None] = DslaDistillation

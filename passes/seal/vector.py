@@ -64,7 +64,7 @@ class SteeringVector:
         return path
 
     @staticmethod
-    def load(path: Path, layer: int | None = None) -> SteeringVector:
+    def load(path: Path | str, layer: int | None = None) -> SteeringVector:
         """Read a vector file, or the artifact that ``fxgraft calibrate seal`` wrote.
 
         Args:
@@ -76,7 +76,7 @@ class SteeringVector:
             InputError: it cannot be read, has no vector, has values that are not finite, or does
                 not state its convention and layer.
         """
-        path = path.expanduser()
+        path = Path(path).expanduser()
         found = _of_artifact(path, layer) if path.is_dir() else _of_file(path)
         vector = found.vector
         if vector.dim() != 1 or not bool(torch.isfinite(vector).all()):

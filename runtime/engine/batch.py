@@ -150,13 +150,14 @@ class Batch:
             self.prepare(rows)
         return self._steps[rows]()[:count], self.chosen[:count]
 
-    def prepare(self, rows: int) -> None:
+    def prepare(self, rows: int) -> Callable[[], Tensor]:
         """Capture the step over this many rows; capturing runs it, so no row has a request then."""
         past, tokens = self.past.clone(), self.tokens.clone()
         self.past.fill_(-1)
         self._steps[rows] = self._capture(lambda: self._step(rows, None))
         self.past.copy_(past)
         self.tokens.copy_(tokens)
+        return self._steps[rows]
 
     def _step(self, rows: int, longest: int | None) -> Tensor:
         held = Rows(

@@ -74,8 +74,8 @@ def tokens_of(program: Program, files: Sequence[Path], tokenizer: str | None = N
             "the model was given as a module, so its tokenizer is not known",
             "set 'tokenizer' to the model's name or folder",
         )
-    encode = sources.tokenizer(source)
     text = "\n\n".join(read_text(path) for path in files)
+    encode = sources.tokenizer(source)
     return torch.tensor(encode(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 

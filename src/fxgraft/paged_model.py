@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
+from fxgraft.generation.prompts import integers
 from fxgraft.generation.sampling import likeliest
 from fxgraft.paging import PagedProgram
 from fxgraft.stepping import neutral
@@ -41,7 +42,7 @@ class Rows:
         tables: int32 [ops, B, P] per group.
         longest: the largest ``past``, if the caller knows it; needed by graphs whose
             ``needs_mask`` is set, and there it decides how many past tokens are looked at.
-        inputs: values of inputs that a request may set, [B, ...] by name.
+        inputs: values of inputs that a request may set, [B, ...] or [B, S, ...] by name.
     """
 
     input_ids: Tensor
@@ -50,6 +51,17 @@ class Rows:
     tables: Sequence[Tensor]
     longest: int | None
     inputs: Mapping[str, Tensor]
+
+    def select(self, place: Tensor, longest: int) -> Rows:
+        """Only the rows int64 [n] at ``place``; ``longest`` is their largest past."""
+        return Rows(
+            self.input_ids[place],
+            self.past[place],
+            self.slots[place],
+            [table[:, place] for table in self.tables],
+            longest,
+            {name: value[place] for name, value in self.inputs.items()},
+        )
 
 
 class PagedModel:
@@ -74,10 +86,30 @@ class PagedModel:
         ]
         self.slot_pools = [pool.empty(slots, self.device) for pool in paged.slot_pools]
         self._pools = [pool for pools in self.block_pools for pool in pools] + self.slot_pools
+        # Such a graph counts positions from the first column of the mask.
+        self._counts_columns = paged.needs_mask and all(
+            spec.name != "position_ids" for spec in paged.own_inputs
+        )
 
     @torch.no_grad()
     def __call__(self, rows: Rows) -> Tensor:
         """Take new tokens in; logits of the last position [B, V]."""
+        if self._counts_columns and len(rows.input_ids) > 1:
+            return self._by_length(rows)
+        return self._together(rows)
+
+    def _by_length(self, rows: Rows) -> Tensor:
+        """Rows with equally many tokens together, so that none begins behind the first column."""
+        pasts = rows.past.clamp(min=0)
+        parts: list[Tensor] = []
+        places: list[Tensor] = []
+        for past in integers(cast(Any, torch).unique(pasts)):
+            place = (pasts == past).nonzero()[:, 0]
+            places.append(place)
+            parts.append(self._together(rows.select(place, past)))
+        return torch.cat(parts)[torch.cat(places).argsort()]
+
+    def _together(self, rows: Rows) -> Tensor:
         batch, new = rows.input_ids.shape
         own = {
             "input_ids": rows.input_ids,
@@ -86,7 +118,7 @@ class PagedModel:
             **rows.inputs,
         }
         values = [
-            own[spec.name] if spec.name in own else neutral(spec, batch, self.device)
+            own[spec.name] if spec.name in own else neutral(spec, batch, self.device, new)
             for spec in self.paged.own_inputs
         ]
         inputs = [*values, rows.past, rows.slots, *rows.tables, *self._pools]

@@ -20,6 +20,7 @@ from fxgraft.placement import move
 from fxgraft.runtime.engine import Engine, EngineOptions
 from fxgraft.state import insert_state
 from tests import models
+from tests.passes import _vision_models
 
 FAMILIES = [models.llama, models.mistral, models.gemma2, models.gpt2, models.mamba, models.jamba]
 GPU = pytest.param(
@@ -96,6 +97,22 @@ def cut(answer: list[int], eos: list[int]) -> list[int]:
     """An answer up to its first ending token."""
     end = next((i for i, token in enumerate(answer) if token in eos), len(answer) - 1)
     return answer[: end + 1]
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+def test_prompts_with_images_are_continued_alike(device: str) -> None:
+    case = _vision_models.llava()
+    program = case.program()
+    given = case.inputs(["ttItttttt", "tItttt"])
+    call: dict[str, Any] = {
+        "images": case.images, "max_new_tokens": NEW, "eos_token_id": [], "pad_token_id": 0,
+    }  # fmt: skip
+    text = (given["input_ids"], given["attention_mask"])
+    expected = fxgraft.compile(program, backend="torch").generate(*text, **call)
+    moved = program.copy()
+    move(moved, device)
+    compiled = TritonCompiled(moved, TritonOptions(device=device, cuda_graphs=device == "cuda"))
+    assert compiled.generate(*text, **call).tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])

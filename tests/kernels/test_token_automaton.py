@@ -90,7 +90,7 @@ def test_tokens_of_one_kind_share_a_column(dtype: torch.dtype) -> None:
     found = token_automaton(input_ids, next_state, fire, state, classes)
     assert all(map(torch.equal, found, expected))
     opcheck(SPEC, input_ids, next_state, fire, state, classes)
-    with pytest.raises(InputError, match="token id 8,.* 0 to 7"):
+    with pytest.raises(InputError, match=r"token id 8,.* 0 to 7"):
         token_automaton(input_ids + 1, next_state, fire, state, classes)
 
 

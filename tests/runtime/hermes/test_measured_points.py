@@ -240,3 +240,18 @@ def test_the_bearable_load_is_that_of_a_full_engine(tmp_path: Path) -> None:
     rate = script.bearable(arrivals, path, engine, tmp_path)
     engine.close()
     assert 3 / rate == pytest.approx(0.5 * (3 + 6))
+
+
+def test_the_engine_script_on_a_tiny_model(tmp_path: Path) -> None:
+    script = benchmark("hermes_engine")
+    setting = script.Setting(
+        models.llama(num_hidden_layers=1), "tiny", "torch",
+        {"none": [], "pruned": [{"prune_heads": {"sparsity": 0.5}}]}, OPTIONS, (2, 20), (2, 6),
+        repeats=1,
+    )  # fmt: skip
+    rows, notes = script.measure(setting, 4, tmp_path)
+    loads = [row.metric.split(":")[0] for row in rows[:-1]]
+    assert loads == ["tiny, low load"] * 6 + ["tiny, overload"] * 6
+    assert rows[-1].metric.startswith("passes [pruned] instead of [none]")
+    assert all(math.isfinite(row.value) and row.target for row in rows)
+    assert "4 requests, prompts 2 to 19, outputs 2 to 5 tokens" in notes[0]

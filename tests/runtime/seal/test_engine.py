@@ -145,7 +145,7 @@ def test_one_step_serves_all_choices(compiled: fxgraft.Compiled, folder: Path) -
     engine = engine_of(compiled, max_batch=4)
     engine.warm_up()
     captured: list[int] = []
-    engine.batch.prepare = captured.append
+    engine.batch.prepare = lambda rows: captured.append(rows)
     for name, strength in CHOICES:
         submit(engine, folder, TEXTS[0], name, strength)
     while engine.step():

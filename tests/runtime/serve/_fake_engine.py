@@ -126,7 +126,7 @@ class FakeEngine:
         ops = Counter({"attention": len(self.running)})
         return EngineStats(
             queued=len(self.queue), running=len(self.running), blocks_total=self.blocks_total,
-            blocks_used=sum(r.blocks for r in self.running), layer_ops={0: ops, 1: ops},
+            blocks_used=sum(r.blocks for r in self.running), layer_ops={0: ops, 1: ops}, policy={},
             **self.counts,
         )  # fmt: skip
 

@@ -39,7 +39,7 @@ WRONG_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"logit_bias": {"5": 1}}, "logit_bias", "not supported"),
     ({"min_tokens": 5, "max_tokens": 3}, "", "min_new_tokens=5 is over max_new_tokens=3"),
     ({"inputs": {"strength": "x"}}, "", "give a number"),
-    ({"inputs": {"strength": [1.0]}}, "inputs.strength", "number"),
+    ({"inputs": {"strength": [1.0]}}, "inputs.strength", "one of float, str"),
     ({"inputs": {"colour": 1.0}}, "", "no per-request input"),
 ]
 COMPLETION_FIELDS: list[tuple[dict[str, Any], str, str]] = [
