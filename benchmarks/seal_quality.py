@@ -175,10 +175,11 @@ def write(
         rows += [
             results.row(f"tokens per answer, {name}", mean(len(one.tokens) for one in several),
                         "tokens"),
-            results.row(f"tokens per answer that ended, {name}", mean(done or [0]), "tokens"),
             results.row(f"answers cut at {given.cap} tokens, {name}",
                         100 * mean(one.capped for one in several), "%"),
         ]  # fmt: skip
+        if done:
+            rows.append(results.row(f"tokens per answer that ended, {name}", mean(done), "tokens"))
         if name == PLAIN:
             continue
         gains = [one[name] - one[PLAIN] for one in likelihoods]
