@@ -18,6 +18,7 @@ import triton.language as tl
 
 from fxgraft.kernels.launch import wait_for_inputs
 from fxgraft.kernels.linear_attention.gate_kernel import log_decay, write_factor
+from fxgraft.kernels.linear_attention.loads_kernel import slot_of
 
 
 @triton.jit
@@ -119,6 +120,22 @@ def scaled_queries(
 
 
 @triton.jit
+def state_part(states, which, wide, column, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr):
+    """Rows ``wide`` [K] and columns [V] of one state of ``states`` [.., WIDTH, VALUE_DIM]."""
+    inside = (wide < WIDTH)[:, None] & (column < VALUE_DIM)[None, :]
+    cells = which * WIDTH * VALUE_DIM + wide[:, None] * VALUE_DIM + column[None, :]
+    return tl.load(states + cells, mask=inside, other=0.0)
+
+
+@triton.jit
+def normalized(result, weights, column, eps, VALUE_DIM: tl.constexpr):
+    """Outputs [C, V], all columns, divided by their root mean squares and weighted."""
+    factor = tl.rsqrt(tl.sum(result * result, axis=1) / VALUE_DIM + eps)
+    gain = tl.load(weights + column, mask=column < VALUE_DIM, other=0.0).to(tl.float32)
+    return result * factor[:, None] * gain[None, :]
+
+
+@triton.jit
 def states_kernel(
     key, value, gate, mask, bounds, starts, before, after, slots, past, states,
     key_row, key_token, key_head, value_row, value_token, value_head,
@@ -134,7 +151,7 @@ def states_kernel(
     """Keep the state before each chunk, for BLOCK_K × BLOCK_V of a head's state.
 
     Args:
-        states: [chunks, HEADS, W, VALUE_DIM]; the other arguments as in ``step_kernel``.
+        states: [chunks, HEADS, W, VALUE_DIM]; the other arguments as in module ``step_kernel``.
     """
     WIDTH: tl.constexpr = STATES * KEY_DIM
     pair = tl.program_id(0)
@@ -142,11 +159,7 @@ def states_kernel(
     wide = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     column = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
     wait_for_inputs(PDL)
-    slot, is_active, has_past = row, row >= 0, row >= 0
-    if slots is not None:
-        slot, seen = tl.load(slots + row).to(tl.int64), tl.load(past + row)
-        is_active = (slot >= 0) & (seen >= 0)
-        has_past = is_active & (seen > 0)
+    slot, is_active, has_past = slot_of(slots, past, row)
     first, end, number = row * 0, row * 0 + length, row * chunks_row
     if bounds is not None:
         first, end = tl.load(bounds + row).to(tl.int64), tl.load(bounds + row + 1).to(tl.int64)
@@ -198,7 +211,7 @@ def output_kernel(
     """Outputs of one chunk and query head, BLOCK_V columns of them (all, with a norm).
 
     Args:
-        past: as in ``step_kernel``; outputs of rows without a request are 0.
+        past: as in module ``step_kernel``; outputs of rows without a request are 0.
         output: [rows, tokens, query heads, VALUE_DIM]; the other arguments as in
             ``states_kernel``.
     """
@@ -237,10 +250,7 @@ def output_kernel(
             )  # fmt: skip
             q *= tl.exp(sums)
             scores += product(q, tl.trans(k * tl.exp(-sums)), DTYPE)
-            in_state = (wide < WIDTH)[:, None] & (column < VALUE_DIM)[None, :]
-            cells = (number * HEADS + head) * WIDTH * VALUE_DIM
-            cells += wide[:, None] * VALUE_DIM + column[None, :]
-            memory = tl.load(states + cells, mask=in_state, other=0.0)
+            memory = state_part(states, number * HEADS + head, wide, column, WIDTH, VALUE_DIM)
             result += product(q, memory, DTYPE)
         within = tl.arange(0, CHUNK)
         # Selected away, never multiplied: above the diagonal they may be huge.
@@ -248,12 +258,10 @@ def output_kernel(
         v = load_values(values, token, end, column, value_token, mask, VALUE_DIM)
         result += product(scores, v, DTYPE)
         if norm_weight is not None:
-            factor = tl.rsqrt(tl.sum(result * result, axis=1) / VALUE_DIM + eps)
-            places = norm_weight + query_index * norm_head + column
-            gain = tl.load(places, mask=column < VALUE_DIM, other=0.0).to(tl.float32)
-            result = result * factor[:, None] * gain[None, :]
-        result = tl.where(is_active, result, 0.0)
+            weights = norm_weight + query_index * norm_head
+            result = normalized(result, weights, column, eps, VALUE_DIM)
         rows = (row * length + token) * HEADS * GROUP + query_index
         target = output + rows[:, None] * VALUE_DIM + column[None, :]
         inside = (token < end)[:, None] & (column < VALUE_DIM)[None, :]
+        result = tl.where(is_active, result, 0.0)
         tl.store(target, result.to(output.dtype.element_ty), mask=inside)

@@ -11,7 +11,40 @@ import triton
 import triton.language as tl
 
 from fxgraft.kernels.launch import wait_for_inputs
-from fxgraft.kernels.linear_attention.gate_kernel import log_decay, write_factor
+from fxgraft.kernels.linear_attention.loads_kernel import written
+
+
+@triton.jit
+def _ring(
+    keys, sums, values, held, wide, column, last,
+    WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Keys [R, W], decayed until now, and values [R, V] of the first ``held`` tokens of a ring."""
+    token = tl.arange(0, BLOCK_R)
+    in_ring = (token < held)[:, None] & (wide < WIDTH)[None, :]
+    places = token[:, None] * WIDTH + wide[None, :]
+    ringed = tl.load(keys + places, mask=in_ring, other=0.0)
+    since = tl.load(sums + places, mask=in_ring, other=0.0)
+    ringed *= tl.exp(tl.where(in_ring, last[None, :] - since, 0.0))
+    in_values = (token < held)[:, None] & (column < VALUE_DIM)[None, :]
+    places = values + token[:, None] * VALUE_DIM + column[None, :]
+    return ringed, tl.load(places, mask=in_values, other=0.0)
+
+
+@triton.jit
+def _sum_of_ring(
+    keys, sums, values, wide, column, last,
+    WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, RING: tl.constexpr,
+):  # fmt: skip
+    """What the tokens of a full ring, but for the last, add to the state [W, V]."""
+    in_w, in_v = wide < WIDTH, column < VALUE_DIM
+    total = tl.zeros((wide.shape[0], column.shape[0]), tl.float32)
+    for i in range(RING - 1):
+        grown = tl.load(keys + i * WIDTH + wide, mask=in_w, other=0.0)
+        grown *= tl.exp(last - tl.load(sums + i * WIDTH + wide, mask=in_w, other=0.0))
+        old = tl.load(values + i * VALUE_DIM + column, mask=in_v, other=0.0)
+        total += grown[:, None] * old[None, :]
+    return total
 
 
 @triton.jit
@@ -31,7 +64,7 @@ def deferred_kernel(
     Args:
         ring_keys, ring_sums, ring_values, origin: of ``deferred.Ring``, contiguous.
         RING, BLOCK_R: tokens that the ring holds, and that as a power of 2; the others as in
-            ``step_kernel``.
+            module ``step_kernel``.
     """
     WIDTH: tl.constexpr = STATES * KEY_DIM
     pair = tl.program_id(0)
@@ -55,14 +88,12 @@ def deferred_kernel(
     memory = tl.load(place, mask=in_state & (seen > held), other=0.0).to(tl.float32)
 
     kv_head = head // KEY_GROUP
-    k = tl.load(key + row * key_row + kv_head * key_head + channel, mask=in_w, other=0.0)
-    v = tl.load(value + row * value_row + kv_head * value_head + column, mask=in_v, other=0.0)
     gates = gate + row * gate_row + head * gate_head + number * gate_state + channel * gate_channel
-    logits = tl.load(gates, mask=in_w, other=0.0).to(tl.float32)
-    k, v = k.to(tl.float32), v.to(tl.float32)
-    decay = log_decay(logits, TEMPERATURE, FLOOR)
-    if SCALES_WRITES:
-        k *= write_factor(decay)
+    k, v, decay = written(
+        key + row * key_row + kv_head * key_head + channel,
+        value + row * value_row + kv_head * value_head + column,
+        gates, None, 0, in_w, in_v, TEMPERATURE, FLOOR, SCALES_WRITES,
+    )  # fmt: skip
     before = tl.load(sums + (held - 1) * WIDTH + wide, mask=in_w & (held > 0), other=0.0)
     last = before + decay
     if tl.program_id(1) == 0:
@@ -70,16 +101,7 @@ def deferred_kernel(
         tl.store(sums + held * WIDTH + wide, last, mask=in_w & is_active)
     tl.store(values + held * VALUE_DIM + column, v, mask=in_v & is_active)
 
-    token = tl.arange(0, BLOCK_R)
-    in_ring = (token < held)[:, None] & in_w[None, :]
-    places = token[:, None] * WIDTH + wide[None, :]
-    ringed = tl.load(keys + places, mask=in_ring, other=0.0)
-    since = tl.load(sums + places, mask=in_ring, other=0.0)
-    ringed *= tl.exp(tl.where(in_ring, last[None, :] - since, 0.0))
-    in_values = (token < held)[:, None] & in_v[None, :]
-    others = tl.load(
-        values + token[:, None] * VALUE_DIM + column[None, :], mask=in_values, other=0.0
-    )
+    ringed, others = _ring(keys, sums, values, held, wide, column, last, WIDTH, VALUE_DIM, BLOCK_R)
     for j in range(GROUP):
         index = head * GROUP + j
         q = tl.load(query + row * query_row + index * query_head + channel, mask=in_w, other=0.0)
@@ -93,9 +115,5 @@ def deferred_kernel(
         tl.store(target, read.to(output.dtype.element_ty), mask=in_v)
     if held == RING - 1:
         memory = memory * tl.exp(last)[:, None] + k[:, None] * v[None, :]
-        for i in range(RING - 1):
-            grown = tl.load(keys + i * WIDTH + wide, mask=in_w, other=0.0)
-            grown *= tl.exp(last - tl.load(sums + i * WIDTH + wide, mask=in_w, other=0.0))
-            old = tl.load(values + i * VALUE_DIM + column, mask=in_v, other=0.0)
-            memory += grown[:, None] * old[None, :]
+        memory += _sum_of_ring(keys, sums, values, wide, column, last, WIDTH, VALUE_DIM, RING)
         tl.store(place, memory.to(pool.dtype.element_ty), mask=in_state)

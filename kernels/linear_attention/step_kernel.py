@@ -4,6 +4,22 @@ A head with N states of Dk × Dv is one matrix of N · Dk rows, of which a progr
 columns in registers while it runs over the tokens. Everything that acts on a token is done on
 the way: gate, write factor, mixing, query heads of the group, and the norm of the output, by the
 last program of a head to arrive where several share one.
+
+Arguments of the kernels:
+
+* ``query``, ``key``, ``value``, ``gate``, ``mixing``, ``norm_weight``, ``mask``: of the op, or
+  None; the last dimension is contiguous, but for the gate's, which may be broadcast (stride 0).
+* ``bounds``: cu_seqlens, or None: then each row has ``length`` tokens.
+* ``before``, ``after``: [slots, HEADS, STATES, KEY_DIM, VALUE_DIM] that states are read from (or
+  None) and written to; both may be the same.
+* ``slots``, ``past``: as in ``loads_kernel.slot_of``.
+* ``output``: [rows, tokens, HEADS · GROUP, VALUE_DIM].
+* ``scratch``: float32 like the output, where a norm needs several programs' columns.
+* ``arrived``: a counter of 0 for each row and head, used together with ``scratch``.
+* ``*_row``, ``*_token``, ``*_head``, ``*_state``, ``*_channel``, ``*_slot``: strides.
+* ``KEY_GROUP``: state heads that share a key head.
+* ``BLOCK_W``, ``ALL_V``: STATES · KEY_DIM and VALUE_DIM as powers of 2.
+* ``TILES``: programs that share a head.
 """
 
 # Triton's language is untyped.
@@ -17,7 +33,8 @@ import triton
 import triton.language as tl
 
 from fxgraft.kernels.launch import wait_for_inputs
-from fxgraft.kernels.linear_attention.gate_kernel import log_decay, loss, write_factor
+from fxgraft.kernels.linear_attention.gate_kernel import loss
+from fxgraft.kernels.linear_attention.loads_kernel import slot_of, written
 
 
 @triton.jit
@@ -34,25 +51,7 @@ def step_kernel(
     BLOCK_W: tl.constexpr, BLOCK_V: tl.constexpr, ALL_V: tl.constexpr, TILES: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """Run over the tokens of one row and state head, for BLOCK_V columns of its states.
-
-    Args:
-        query, key, value, gate, mixing, norm_weight, mask: of the op, or None; the last
-            dimension is contiguous, but for the gate's, which may be broadcast (stride 0).
-        bounds: cu_seqlens, or None: then each row has ``length`` tokens.
-        before, after: [slots, HEADS, STATES, KEY_DIM, VALUE_DIM] that states are read from (or
-            None) and written to; both may be the same.
-        slots, past: of ``fxgraft.kernels.linear_attention_slots.op``, or None: then row r is
-            slot r, and every row has a state.
-        output: [rows, tokens, HEADS · GROUP, VALUE_DIM].
-        scratch: float32 like the output, where a norm needs several programs' columns.
-        arrived: a counter of 0 for each row and head, used together with ``scratch``.
-        *_row, *_token, *_head, *_state, *_channel, *_slot: strides.
-        KEY_GROUP: state heads that share a key head.
-        BLOCK_W: STATES · KEY_DIM as a power of 2.
-        ALL_V: VALUE_DIM as a power of 2.
-        TILES: programs that share a head.
-    """
+    """Run over the tokens of one row and state head, for BLOCK_V columns of its states."""
     pair = tl.program_id(0)
     row, head = (pair // HEADS).to(tl.int64), pair % HEADS
     wide = tl.arange(0, BLOCK_W)
@@ -61,13 +60,8 @@ def step_kernel(
     column = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     in_v = column < VALUE_DIM
     wait_for_inputs(PDL)
-    slot, first = row, row * 0
-    is_active, has_past = slot >= 0, slot >= 0
-    if slots is not None:
-        slot = tl.load(slots + row).to(tl.int64)
-        seen = tl.load(past + row)
-        is_active = (slot >= 0) & (seen >= 0)
-        has_past = is_active & (seen > 0)
+    first = row * 0
+    slot, is_active, has_past = slot_of(slots, past, row)
     if bounds is not None:
         first = tl.load(bounds + row).to(tl.int64)
         length = (tl.load(bounds + row + 1) - first).to(tl.int32)
@@ -81,40 +75,23 @@ def step_kernel(
     keys = key + row * key_row + (head // KEY_GROUP) * key_head + channel
     values = value + row * value_row + (head // KEY_GROUP) * value_head + column
     gates = gate + row * gate_row + head * gate_head + number * gate_state + channel * gate_channel
+    if mask is not None:
+        mask += row * mask_row
     for i in range(length):
         token = first + i
-        k = tl.load(keys + token * key_token, mask=in_w, other=0.0).to(tl.float32)
-        v = tl.load(values + token * value_token, mask=in_v, other=0.0).to(tl.float32)
-        logits = tl.load(gates + token * gate_token, mask=in_w, other=0.0).to(tl.float32)
-        decay = log_decay(logits, TEMPERATURE, FLOOR)
-        if SCALES_WRITES:
-            k *= write_factor(decay)
-        if mask is not None:
-            is_real = tl.load(mask + row * mask_row + token) != 0
-            k, v = tl.where(is_real, k, 0.0), tl.where(is_real, v, 0.0)
-            decay = tl.where(is_real, decay, 0.0)
+        k, v, decay = written(
+            keys + token * key_token, values + token * value_token, gates + token * gate_token,
+            mask, token, in_w, in_v,
+            TEMPERATURE, FLOOR, SCALES_WRITES,
+        )  # fmt: skip
         # As in the reference: what the decay lacks to 1 is exact.
         memory += k[:, None] * v[None, :] - memory * loss(-decay)[:, None]
-        for j in range(GROUP):
-            query_index = head * GROUP + j
-            place = query + row * query_row + token * query_token + query_index * query_head
-            q = tl.load(place + channel, mask=in_w, other=0.0).to(tl.float32)
-            weight = tl.load(mixing + query_index * mixing_head + number, mask=in_w, other=0.0)
-            q *= scale * weight.to(tl.float32)
-            read = tl.sum(q[:, None] * memory, axis=0)
-            read = tl.where(is_active, read, 0.0)
-            rows = (row * length + token) * HEADS * GROUP + query_index
-            if norm_weight is None:
-                target = output + rows * VALUE_DIM + column
-                tl.store(target, read.to(output.dtype.element_ty), mask=in_v)
-            elif TILES == 1:
-                normed = _normalized(
-                    read, norm_weight, query_index, norm_head, column, eps, VALUE_DIM
-                )
-                target = output + rows * VALUE_DIM + column
-                tl.store(target, normed.to(output.dtype.element_ty), mask=in_v)
-            else:
-                tl.store(scratch + rows * VALUE_DIM + column, read, mask=in_v)
+        _read(
+            query + row * query_row + token * query_token, mixing, norm_weight,
+            output, scratch, memory, row * length + token, head, wide, column, is_active,
+            query_head, mixing_head, norm_head, scale, eps,
+            HEADS, GROUP, STATES, KEY_DIM, VALUE_DIM, TILES,
+        )  # fmt: skip
     target = after + slot * after_slot + cells
     tl.store(target, memory.to(after.dtype.element_ty), mask=in_state & is_active)
     if norm_weight is not None and TILES > 1:
@@ -129,10 +106,41 @@ def step_kernel(
 
 
 @triton.jit
-def _normalized(read, norm_weight, head, norm_head, column, eps, VALUE_DIM: tl.constexpr):
+def _read(
+    query, mixing, norm_weight, output, scratch, memory, token, head, wide, column, is_active,
+    query_head, mixing_head, norm_head, scale, eps,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, STATES: tl.constexpr, KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Store what the query heads of a group read from their state [W, V] at one token.
+
+    Args:
+        query: of that token.
+        token: its number in the output.
+    """
+    in_w, in_v = wide < STATES * KEY_DIM, column < VALUE_DIM
+    for j in range(GROUP):
+        index = head * GROUP + j
+        q = tl.load(query + index * query_head + wide % KEY_DIM, mask=in_w, other=0.0)
+        places = mixing + index * mixing_head + wide // KEY_DIM
+        weight = tl.load(places, mask=in_w, other=0.0).to(tl.float32)
+        read = tl.sum((q.to(tl.float32) * (scale * weight))[:, None] * memory, axis=0)
+        read = tl.where(is_active, read, 0.0)
+        place = (token * HEADS * GROUP + index) * VALUE_DIM + column
+        if norm_weight is not None and TILES > 1:
+            tl.store(scratch + place, read, mask=in_v)
+        else:
+            if norm_weight is not None:
+                weights = norm_weight + index * norm_head
+                read = _normalized(read, weights, column, eps, VALUE_DIM)
+            tl.store(output + place, read.to(output.dtype.element_ty), mask=in_v)
+
+
+@triton.jit
+def _normalized(read, weights, column, eps, VALUE_DIM: tl.constexpr):
     """One head's output, all columns, divided by its root mean square and weighted."""
     factor = tl.rsqrt(tl.sum(read * read, axis=0) / VALUE_DIM + eps)
-    weight = tl.load(norm_weight + head * norm_head + column, mask=column < VALUE_DIM, other=0.0)
+    weight = tl.load(weights + column, mask=column < VALUE_DIM, other=0.0)
     return read * factor * weight.to(tl.float32)
 
 
@@ -152,6 +160,6 @@ def _normalize_rows(
             read = tl.load(
                 scratch + rows * VALUE_DIM + column, mask=in_v, other=0.0, cache_modifier=".cg"
             )
-            normed = _normalized(read, norm_weight, index, norm_head, column, eps, VALUE_DIM)
+            normed = _normalized(read, norm_weight + index * norm_head, column, eps, VALUE_DIM)
             target = output + rows * VALUE_DIM + column
             tl.store(target, normed.to(output.dtype.element_ty), mask=in_v)

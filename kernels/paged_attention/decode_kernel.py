@@ -311,8 +311,7 @@ def decode_kernel(
             store_zeros(output, GROUP, VALUE_DIM, BLOCK_G, BLOCK_V)
     elif split < parts:
         top, total, mixed = _attend_part(
-            query + row * query_row + head * query_head,
-            key + row * key_row + kv_head * key_head,
+            query + row * query_row + head * query_head, key + row * key_row + kv_head * key_head,
             value + row * value_row + kv_head * value_head,
             key_cache, value_cache, table, cos, sin, length, split, begin, end,
             query_head, row * angle_row, key_page, key_token, value_page, value_token, scale,

@@ -167,6 +167,10 @@ class Compiled(ABC):
             return RecomputeModel(program, run)
         return self.lower_step(step)
 
+    @cached_property
+    def _image_encoder(self) -> Program:
+        return image_features.image_encoder(self.program)
+
     def generate(
         self,
         input_ids: generation.TokenIds,
@@ -200,7 +204,9 @@ class Compiled(ABC):
         """
         model = self.step_model
         if images is not None or image_features.find_merge(self.program) is not None:
-            model = image_prompts.with_images(self.program, cast(InputStepModel, model), images)
+            model = image_prompts.with_images(
+                self.program, lambda: self._image_encoder, cast(InputStepModel, model), images
+            )
         if options.get("do_sample") and options.get("seed") is None:
             options["seed"] = random_seed(self.program)
         with self.while_generating():

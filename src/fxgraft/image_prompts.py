@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -67,12 +67,16 @@ class ImageStepModel:
 
 
 def with_images(
-    program: Program, model: InputStepModel, values: Mapping[str, Tensor] | None
+    program: Program,
+    encoder: Callable[[], Program],
+    model: InputStepModel,
+    values: Mapping[str, Tensor] | None,
 ) -> StepModel:
     """The step model for one call of ``generate``.
 
     Args:
         program: the whole model.
+        encoder: gives its image encoder, once there are images.
         model: of its language model.
         values: image inputs by name, or None for prompts without images.
 
@@ -91,13 +95,16 @@ def with_images(
         dtype = merge.features.meta["val"].dtype
         features = torch.zeros(0, int(width), dtype=dtype, device=program.device)
     else:
-        features = images.encode(program, {n: v.to(program.device) for n, v in values.items()})
+        features = images.encode(encoder(), {n: v.to(program.device) for n, v in values.items()})
     return ImageStepModel(model, features, merge.tokens)
 
 
 def _note_no_image(program: Program) -> None:
     gate = torch.ops.fxgraft.head_gate.default
-    if program.graph.find_nodes(op="call_function", target=gate):
+    gates = program.graph.find_nodes(op="call_function", target=gate)
+    makers = sorted({node.meta.get("made_by", "") for node in gates} - {""})
+    if makers:
         warnings.warn(
-            "the prompts come without images: the pass 'spin' changes nothing in them", stacklevel=4
+            f"the prompts come without images: the pass {makers[0]!r} changes nothing in them",
+            stacklevel=4,
         )

@@ -135,20 +135,19 @@ def image_inputs(program: Program) -> tuple[Input, ...]:
     return image_encoder(program).inputs if find_merge(program) is not None else ()
 
 
-def encode(program: Program, values: Mapping[str, Tensor]) -> Tensor:
+def encode(encoder: Program, values: Mapping[str, Tensor]) -> Tensor:
     """Features [N, D] of images.
 
     The number of images is fixed at capture; any number is taken in groups of that size, the last
     one filled up with copies.
 
     Args:
-        program: the whole model.
+        encoder: as ``image_encoder`` cuts it out of the model.
         values: image inputs by name, images along the first dimension.
 
     Raises:
         InputError: an input is missing, unknown or of the wrong shape.
     """
-    encoder = image_encoder(program)
     fixed = [spec for spec in encoder.inputs if isinstance(spec.shape[0], int)]
     if not fixed:
         return encoder(**values)[0]
@@ -186,7 +185,8 @@ def write_tokens(program: Program, input_ids: Tensor) -> None:
     if merge is None:
         return
     batch, length = input_ids.shape
-    shares = [len(range(row, feature_count(program), batch)) for row in range(batch)]
+    count = feature_count(program)
+    shares = [len(range(row, count, batch)) for row in range(batch)]
     if max(shares) > length - 2:
         return
     others = [token for token in range(len(merge.tokens) + 1) if token not in merge.tokens]

@@ -103,7 +103,7 @@ def test_a_row_of_a_batch_equals_the_row_alone() -> None:
     values = case.inputs(TEXTS)
     whole = program(**values)[0]
     language = images.language_model(program)
-    features = images.encode(program, case.images)
+    features = images.encode(images.image_encoder(program), case.images)
     for row, share in enumerate(features.chunk(2)):
         real = values["attention_mask"][row].bool()
         ids = values["input_ids"][row][real][None]

@@ -52,7 +52,9 @@ def values_of(program: Program) -> dict[str, Tensor]:
     """Inputs of the language model for two texts, padded on the left, with their prompts' ends."""
     given = case().inputs(["ttItttttt", "tItttt"])
     ids = given["input_ids"]
-    embeds = images.place(images.encode(program, case().images), ids, (IMAGE,))
+    embeds = images.place(
+        images.encode(images.image_encoder(program), case().images), ids, (IMAGE,)
+    )
     values = {name: given[name] for name in ("input_ids", "attention_mask")}
     lengths = given["attention_mask"][:, :PROMPT].sum(1)
     language = images.language_model(program)

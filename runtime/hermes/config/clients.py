@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -33,7 +33,7 @@ from fxgraft.runtime.hermes.storage import Mode, StorageClient
 UNLIMITED = 1 << 40
 
 
-class ClientSection(Section):
+class ClientSection(Section, ABC):
     """What all clients have.
 
     Attributes:
@@ -56,8 +56,20 @@ class ClientSection(Section):
     watts: Number = 0.0
     idle_watts: Number | None = None
 
+    @abstractmethod
     def build(self, seed: int, number: int, nodes_per_rack: int, stepwise: bool) -> list[Client]:
         """The clients."""
+
+    def _place(self, replica: int, nodes_per_rack: int) -> Place:
+        node = self.node + (replica // self.per_node if self.per_node else 0)
+        return Place(node, node // nodes_per_rack if self.rack is None else self.rack)
+
+
+class SeparateSection(ClientSection):
+    """Clients that have nothing in common but their settings."""
+
+    def build(self, seed: int, number: int, nodes_per_rack: int, stepwise: bool) -> list[Client]:
+        """The clients, one by one."""
         return [
             self.make(
                 self.name if self.count == 1 else f"{self.name}-{replica}",
@@ -66,16 +78,12 @@ class ClientSection(Section):
             for replica in range(self.count)
         ]  # fmt: skip
 
-    def _place(self, replica: int, nodes_per_rack: int) -> Place:
-        node = self.node + (replica // self.per_node if self.per_node else 0)
-        return Place(node, node // nodes_per_rack if self.rack is None else self.rack)
-
     @abstractmethod
     def make(self, name: str, place: Place, seed: tuple[int, ...], stepwise: bool) -> Client:
         """One client."""
 
 
-class LlmSection(ClientSection):
+class LlmSection(SeparateSection):
     """A server of a language model.
 
     Attributes:
@@ -215,7 +223,7 @@ class TaskSection(Section):
     truncate: Count = 0
 
 
-class HostSection(ClientSection):
+class HostSection(SeparateSection):
     """Processor cores for pre- and post-processing.
 
     Attributes:
@@ -265,7 +273,7 @@ class IndexSection(Section):
         return self
 
 
-class RagSection(ClientSection):
+class RagSection(SeparateSection):
     """A search engine, see ``rag.RagClient``.
 
     Attributes:
@@ -374,10 +382,6 @@ class StorageSection(ClientSection):
                 dollars_per_hour=self.dollars_per_hour,
             ))  # fmt: skip
         return clients
-
-    def make(self, name: str, place: Place, seed: tuple[int, ...], stepwise: bool) -> Client:
-        """Storage clients share levels, so they are made together."""
-        raise NotImplementedError("storage clients share levels and are made together")
 
 
 AnyClient = Annotated[

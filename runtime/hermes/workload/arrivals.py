@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
@@ -23,7 +24,7 @@ Times = npt.NDArray[np.float64]
 BLOCK = 4096
 
 
-class _Gaps(Section):
+class _Gaps(Section, ABC):
     """Arrivals with independent gaps."""
 
     rate: Rate
@@ -36,9 +37,9 @@ class _Gaps(Section):
             now = float(times[-1])
             yield times
 
+    @abstractmethod
     def gaps(self, random: np.random.Generator, count: int) -> Times:
         """Seconds between arrivals."""
-        raise NotImplementedError
 
 
 class Regular(_Gaps):

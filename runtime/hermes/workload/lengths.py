@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Annotated, Any, Literal, cast
 
 import numpy as np
@@ -14,7 +15,7 @@ Tokens = npt.NDArray[np.int64]
 _MOST = 1 << 40
 
 
-class _Law(Section):
+class _Law(Section, ABC):
     """Base of distributions: draws are rounded and held between two bounds."""
 
     minimum: Positive = 1
@@ -31,9 +32,9 @@ class _Law(Section):
         values = np.rint(self.values(random, count))
         return np.clip(values, self.minimum, self.maximum).astype(np.int64)
 
+    @abstractmethod
     def values(self, random: np.random.Generator, count: int) -> npt.NDArray[np.float64]:
         """Draws before rounding."""
-        raise NotImplementedError
 
 
 class Fixed(_Law):
