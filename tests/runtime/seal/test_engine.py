@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import fxgraft
 from fxgraft.errors import InputError
@@ -145,7 +147,13 @@ def test_one_step_serves_all_choices(compiled: fxgraft.Compiled, folder: Path) -
     engine = engine_of(compiled, max_batch=4)
     engine.warm_up()
     captured: list[int] = []
-    engine.batch.prepare = lambda rows: captured.append(rows)
+    prepare = engine.batch.prepare
+
+    def counted(rows: int) -> Callable[[], torch.Tensor]:
+        captured.append(rows)
+        return prepare(rows)
+
+    engine.batch.prepare = counted
     for name, strength in CHOICES:
         submit(engine, folder, TEXTS[0], name, strength)
     while engine.step():
