@@ -22,6 +22,7 @@ from fxgraft.runtime.hermes.request import RUNNING, Request
 from fxgraft.runtime.hermes.stages import KV_RETRIEVAL, Stage
 
 Mode = Literal["expectation", "sampled", "contents"]
+Sharing = Literal["own"] | bool
 
 
 class StorageClient(QueueClient):
@@ -39,8 +40,9 @@ class StorageClient(QueueClient):
         kv_bytes: per token.
         recompute: price of computing a context here; None leaves a missed one to the prefill.
         charge_probes: whether a miss costs the level's lookup latency.
-        sharing: lookups run at once and share each level's bandwidth; otherwise all that wait run
-            in one step, in which each level moves its bytes one after another.
+        sharing: lookups run at once and share each level's bandwidth, or with ``"own"`` each has
+            all of it, as published; otherwise all that wait run in one step, in which each level
+            moves its bytes one after another.
         links: a name for the bandwidth of each level, equal for clients that share it.
         seed: of draws.
         watts: drawn in a step.
@@ -58,7 +60,7 @@ class StorageClient(QueueClient):
         kv_bytes: float,
         recompute: StepCost | None = None,
         charge_probes: bool = False,
-        sharing: bool = False,
+        sharing: Sharing = False,
         links: Sequence[Hashable] = (),
         batch: int = 1 << 30,
         seed: tuple[int, ...] = (0,),
@@ -90,7 +92,7 @@ class StorageClient(QueueClient):
         """Join a system and its shared bandwidths."""
         super().attach(index, hub)
         for link, level in zip(self._links, self.levels, strict=True):
-            hub.share.rates[link] = level.bandwidth
+            hub.share.add(link, level.bandwidth, alone=True)
 
     def accepts(self, stage: Stage, model: str) -> bool:
         """It has contexts of every model."""
@@ -177,6 +179,10 @@ class StorageClient(QueueClient):
         size = context_of(request) * self.context_bytes
         if found == len(self.levels) or size == 0:
             self._end_alone(request, now)
+            return
+        if self.sharing == "own":
+            end = now + size / self.levels[found].bandwidth
+            self.hub.call(end, partial(self._end_alone, request))
             return
         self.hub.share.start((self._links[found],), size, now, partial(self._end_alone, request))
 

@@ -60,7 +60,8 @@ class Transfers:
         request.state = TRANSFER
         size = self._visible(request, path, self.bytes(request, target, stage))
         if self.network.shared and size > 0 and path.links:
-            self.share.rates.update({link: self.network.link_rates[link] for link in path.links})
+            for link in path.links:
+                self.share.add(link, self.network.link_rates[link])
             self.share.start(path.links, size, now, partial(self._sent, request, path, size, now))
             return True
         end = now + path.latency + (size / path.rate if path.rate < math.inf else 0.0)

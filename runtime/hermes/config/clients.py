@@ -28,7 +28,7 @@ from fxgraft.runtime.hermes.section import (
     Share,
     default_kind,
 )
-from fxgraft.runtime.hermes.storage import Mode, StorageClient
+from fxgraft.runtime.hermes.storage import Mode, Sharing, StorageClient
 
 UNLIMITED = 1 << 40
 
@@ -338,7 +338,8 @@ class StorageSection(ClientSection):
         kv_bytes: per token.
         recompute: price of computing a context that no level has; None leaves it to the prefill.
         lookups: whether only ``"hits"`` cost a level's latency, as published, or all ``"probes"``.
-        sharing: whether lookups at one time share bandwidth; else they run in steps.
+        sharing: whether lookups at one time share bandwidth, or have it each as its ``"own"``; else
+            they run in steps.
     """
 
     kind: Literal["storage"]
@@ -347,7 +348,7 @@ class StorageSection(ClientSection):
     kv_bytes: Rate
     recompute: CostSection | None = None
     lookups: Literal["hits", "probes"] = "hits"
-    sharing: bool = False
+    sharing: Sharing = False
 
     @model_validator(mode="after")
     def _expected(self) -> StorageSection:

@@ -12,7 +12,7 @@ from fxgraft.devices import device
 from fxgraft.errors import InputError
 from fxgraft.runtime.hermes.config.pipelines import Recipe, recipe, table_of
 from fxgraft.runtime.hermes.costs import AffineCost, StepCost, WithWatts
-from fxgraft.runtime.hermes.dense import MODELS, DenseCost, Efficiency
+from fxgraft.runtime.hermes.dense import MODELS, DenseCost, DenseModel, Efficiency
 from fxgraft.runtime.hermes.section import File, Number, Positive, Section, default_kind, tagged
 from fxgraft.validation import suggestion
 
@@ -142,11 +142,28 @@ class AffineSection(Section):
         return Served(AffineCost(**self.model_dump(exclude={"kind"})), has_energy=self.watts > 0)
 
 
+class SizesSection(Section):
+    """A dense transformer that has no name here, see ``dense.DenseModel``."""
+
+    name: str = "dense"
+    layers: Positive
+    hidden: Positive
+    heads: Positive
+    kv_heads: Positive
+    head_dim: Positive
+    intermediate: Positive
+    vocabulary: Positive
+
+    def model(self) -> DenseModel:
+        """Its sizes."""
+        return DenseModel(**self.model_dump(exclude={"name"}))
+
+
 class DenseSection(Section):
     """A dense transformer by its sizes, on a known device, see ``dense``.
 
     Attributes:
-        model: name of ``dense.MODELS``.
+        model: name of ``dense.MODELS``, or sizes.
         device: name of ``fxgraft.devices``.
         weights, state: data types; required, as a factor of two hangs on them.
         devices: that share every layer.
@@ -154,7 +171,7 @@ class DenseSection(Section):
     """
 
     kind: Literal["dense"] = "dense"
-    model: str
+    model: str | SizesSection
     device: str
     weights: str
     state: str = "bfloat16"
@@ -163,26 +180,32 @@ class DenseSection(Section):
 
     def serve(self, tokens: int, sequences: int) -> Served:
         """The closed form for this model and device."""
-        if self.model not in MODELS:
-            raise InputError(
-                f"there is no model {self.model!r}{suggestion(self.model, MODELS)}",
-                f"the models of a dense cost are: {', '.join(MODELS)}",
-            )
+        name, model = self._named()
         share, target = self.efficiency, device(self.device)
         cost = DenseCost(
-            MODELS[self.model], target, self.weights, self.state, devices=self.devices,
+            model, target, self.weights, self.state, devices=self.devices,
             efficiency=Efficiency(share, share, share, share, share, share,
                                   step_seconds=target.step),
         )  # fmt: skip
         return Served(
             cost,
-            model=self.model,
+            model=name,
             dtype=self.weights,
             kv_bytes=cost.model.kv_bytes(self.state),
             state_memory=cost.memory_for_state,
             capacity=target.memory * self.devices,
             idle_watts=cost.idle_watts,
         )
+
+    def _named(self) -> tuple[str, DenseModel]:
+        if isinstance(self.model, SizesSection):
+            return self.model.name, self.model.model()
+        if self.model not in MODELS:
+            raise InputError(
+                f"there is no model {self.model!r}{suggestion(self.model, MODELS)}",
+                f"the models of a dense cost are: {', '.join(MODELS)}; or give its sizes",
+            )
+        return self.model, MODELS[self.model]
 
 
 def _short(value: Any) -> Any:

@@ -15,6 +15,7 @@ from fxgraft.devices import device
 from fxgraft.errors import InputError
 from fxgraft.runtime.hermes import System
 from fxgraft.runtime.hermes.communication import all_reduce
+from fxgraft.runtime.hermes.config.costs import DenseSection
 from fxgraft.runtime.hermes.costs import AffineCost, StepCost, WithWatts
 from fxgraft.runtime.hermes.dense import MODELS, DenseCost, Efficiency
 from fxgraft.runtime.hermes.dense_table import dense_table
@@ -207,3 +208,19 @@ def test_or_a_marked_extrapolation(narrow: dict[str, Any]) -> None:
         prompt = 0.01 + 50e-6 * 300
         first = result.requests["first_token"] - result.requests["arrival"]
         assert first.min() == pytest.approx(prompt, rel=1e-6)
+
+
+def test_a_dense_model_by_its_sizes() -> None:
+    """The same prices, memory and transfers as under its name; the name is the user's."""
+    sizes = {"layers": 32, "hidden": 4096, "heads": 32, "kv_heads": 8, "head_dim": 128,
+             "intermediate": 14336, "vocabulary": 128256}  # fmt: skip
+    common: dict[str, Any] = {"device": "h100-sxm", "weights": "bfloat16"}
+    named = DenseSection(model="llama-3.1-8b", **common).serve(512, 8)
+    sized = DenseSection.model_validate({"model": {"name": "mine", **sizes}, **common}).serve(
+        512, 8
+    )
+    assert sized.model == "mine"
+    assert sized.kv_bytes == named.kv_bytes
+    assert sized.state_memory == named.state_memory
+    work = [(256, 1024)]
+    assert sized.cost.price(work) == named.cost.price(work)

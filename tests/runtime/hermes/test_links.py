@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +21,7 @@ from fxgraft.runtime.hermes.coordinator import Coordinator
 from fxgraft.runtime.hermes.costs import AffineCost
 from fxgraft.runtime.hermes.host import HostClient, Task
 from fxgraft.runtime.hermes.network import Level, Network
-from fxgraft.runtime.hermes.sharing import Flow, fair_rates
+from fxgraft.runtime.hermes.sharing import FairShare, Flow, fair_rates
 from fxgraft.runtime.hermes.stages import Chain, Stage
 from fxgraft.runtime.hermes.storage import StorageClient, StorageLevel
 from fxgraft.runtime.hermes.transfers import Sizes, visible_bytes
@@ -76,6 +79,50 @@ def test_sharing_is_work_conserving(flows: list[tuple[float, int]]) -> None:
     assert found[-1][1] == pytest.approx(free, rel=1e-9)
     for start, end, size in found:
         assert end - start >= size / 4000.0 * (1 - 1e-9)
+
+
+def ends_of(flows: list[tuple[float, float]], *, alone: bool) -> list[float]:
+    """When each of (start, size) has passed a link of 4 bytes per second."""
+    events: list[tuple[float, int, Flow | None, int]] = []
+    ends = [math.nan] * len(flows)
+    order = itertools.count(len(flows))
+
+    def schedule(time: float, flow: Flow, epoch: int) -> None:
+        heapq.heappush(events, (time, next(order), flow, epoch))
+
+    share = FairShare(schedule)
+    share.add("link", 4.0, alone=alone)
+    for number, (at, _) in enumerate(flows):
+        heapq.heappush(events, (at, number, None, 0))
+    while events:
+        now, number, flow, epoch = heapq.heappop(events)
+        if flow is None:
+            done = partial(ends.__setitem__, number)
+            share.start(("link",), flows[number][1], now, done)
+        elif flow.epoch == epoch:
+            share.end(flow, now)
+    return ends
+
+
+@given(st.lists(st.tuples(st.floats(0.0, 2.0), st.floats(0.1, 9.0)), min_size=1, max_size=12))
+def test_a_link_used_alone_is_shared_as_any_other(flows: list[tuple[float, float]]) -> None:
+    expected = ends_of(flows, alone=False)
+    assert ends_of(flows, alone=True) == pytest.approx(expected, rel=1e-9, abs=1e-9)
+
+
+def test_flows_that_share_nothing_keep_their_rates() -> None:
+    """A change is felt by those that links connect to it, and by nobody else."""
+    changed: list[Flow] = []
+    share = FairShare(lambda time, flow, epoch: changed.append(flow))
+    for link in "abc":
+        share.add(link, 1.0)
+    for links in (("a", "b"), ("c",), ("b",)):
+        share.start(links, 8.0, 0.0, lambda now: None)
+    first, apart, *rest = changed
+    assert first.links == ("a", "b")
+    assert apart.links == ("c",)
+    assert [flow.links for flow in rest] == [("a", "b"), ("b",)]
+    assert (first.rate, apart.rate) == (0.5, 1.0)
 
 
 # -- several links

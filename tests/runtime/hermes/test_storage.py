@@ -16,7 +16,7 @@ from fxgraft.runtime.hermes.costs import AffineCost
 from fxgraft.runtime.hermes.hierarchy import StorageLevel, Store, expected_seconds
 from fxgraft.runtime.hermes.results.result import Result
 from fxgraft.runtime.hermes.stages import Chain, Stage
-from fxgraft.runtime.hermes.storage import StorageClient
+from fxgraft.runtime.hermes.storage import Sharing, StorageClient
 from tests.runtime.hermes._systems import by_request, request, run
 
 # The worked example of the specification: 4,096 tokens of a model of 70 billion parameters.
@@ -138,16 +138,19 @@ def test_a_context_is_there_when_its_first_lookup_has_ended() -> None:
     assert client.hits == [2, 2]
 
 
-@pytest.mark.parametrize("sharing", [False, True])
-def test_lookups_at_one_time_share_a_level(sharing: bool) -> None:
+@pytest.mark.parametrize(
+    ("sharing", "ends", "busy"), [(False, (1, 2), 2), (True, (1.5, 2), 2), ("own", (1, 1.5), 1.5)]
+)
+def test_lookups_at_one_time_share_a_level(
+    sharing: Sharing, ends: tuple[float, float], busy: float
+) -> None:
     level = StorageLevel(1e9, 0.0, 1.0)
     client = storage([level], mode="sampled", sharing=sharing)
     one = TOKENS * KV_BYTES / 1e9
     # The first is alone for half of its time, then both have half of the bandwidth.
     found = by_request(run([lookup(0, 0.0, 1), lookup(1, one / 2, 2)], [client]))
-    ends = [1.5 * one, 2 * one] if sharing else [one, 2 * one]
-    np.testing.assert_allclose(found["end"], ends, rtol=1e-9)
-    assert client.busy_seconds == pytest.approx(2 * one)
+    np.testing.assert_allclose(found["end"], [end * one for end in ends], rtol=1e-9)
+    assert client.busy_seconds == pytest.approx(busy * one)
 
 
 def serve(folder: Path, keys: list[int], **storage_fields: Any) -> Result:
