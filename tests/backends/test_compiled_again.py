@@ -1,4 +1,4 @@
-"""Rewritten and fused graphs under ``torch.compile`` and ``torch.export``: schemas tell the truth."""
+"""Rewritten and fused graphs under ``torch.compile`` and ``torch.export``: schemas are true."""
 
 from __future__ import annotations
 
