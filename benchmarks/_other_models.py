@@ -129,6 +129,67 @@ def llava() -> Case:
     return Case(model, inputs, ("logits",), dynamic, {"use_cache": False})
 
 
+def _with_images(model: Any, token: int, counts: list[int], images: dict[str, torch.Tensor],
+                 types: str | None = None) -> Case:  # fmt: skip
+    """Two images, of which sizes are fixed at capture, at the start of the first two texts."""
+
+    def inputs(batch: int, length: int) -> dict[str, torch.Tensor]:
+        ids = _text(batch, max(counts) + length)["input_ids"]
+        for row, count in enumerate(counts):
+            ids[row, :count] = token
+        values = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **images}
+        return values | ({types: (ids == token).int()} if types else {})
+
+    return Case(model, inputs, ("logits",), None, {"use_cache": False})
+
+
+def llava_next() -> Case:
+    """LLaVA-NeXT: a wide and a narrow image, each whole and in tiles."""
+    token = _VOCABULARY - 1
+    config = _LIBRARY.LlavaNextConfig(
+        text_config=_LIBRARY.LlamaConfig(**_small(vocab_size=_VOCABULARY, num_key_value_heads=2)),
+        vision_config=_LIBRARY.CLIPVisionConfig(**_small(image_size=16, patch_size=8)),
+        image_token_id=token, image_grid_pinpoints=[[16, 32], [32, 16], [32, 32]],
+    )  # fmt: skip
+    images = {
+        "pixel_values": _pixels(6, 16).view(2, 3, 3, 16, 16),
+        "image_sizes": torch.tensor([[16, 32], [32, 16]]),
+    }
+    model = _make("LlavaNextForConditionalGeneration", config)
+    # Four tokens of the whole image, then two tiles with one more token at the end of each line.
+    return _with_images(model, token, [4 + 2 * 5, 4 + 4 * 3], images)
+
+
+def _qwen_vl(version: str, vision: dict[str, Any]) -> Case:
+    token = _VOCABULARY - 1
+    rotary = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+    text = _small(vocab_size=_VOCABULARY, num_key_value_heads=2, rope_parameters=rotary,
+                  bos_token_id=None, eos_token_id=None)  # fmt: skip
+    common = {"depth": 2, "num_heads": 4, "patch_size": 4, "spatial_merge_size": 2}
+    config = getattr(_LIBRARY, f"Qwen{version}VLConfig")(
+        text_config=text, vision_config={**common, **vision}, image_token_id=token,
+        video_token_id=3, vision_start_token_id=2, vision_end_token_id=1,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    images = {
+        "pixel_values": torch.randn(4 * 6 + 8 * 4, 3 * 2 * 4 * 4, generator=generator),
+        "image_grid_thw": torch.tensor([[1, 4, 6], [1, 8, 4]]),
+    }
+    model = _make(f"Qwen{version}VLForConditionalGeneration", config)
+    return _with_images(model, token, [6, 8], images, "mm_token_type_ids")
+
+
+def qwen2_vl() -> Case:
+    """Qwen2-VL: positions along time, height and width."""
+    return _qwen_vl("2", {"embed_dim": 32, "hidden_size": 32})
+
+
+def qwen2_5_vl() -> Case:
+    """Qwen2.5-VL: its tower attends within windows, too."""
+    sizes = {"hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 48}
+    return _qwen_vl("2_5_", {**sizes, "window_size": 16, "fullatt_block_indexes": [1]})
+
+
 def whisper() -> Case:
     """Whisper, speech to text."""
     config = _LIBRARY.WhisperConfig(
@@ -151,5 +212,6 @@ def whisper() -> Case:
 
 
 MODELS: dict[str, Callable[[], Case]] = {
-    "BERT": bert, "T5": t5, "ViT": vit, "CLIP": clip, "LLaVA": llava, "Whisper": whisper,
+    "BERT": bert, "T5": t5, "ViT": vit, "CLIP": clip, "LLaVA": llava, "LLaVA-NeXT": llava_next,
+    "Qwen2-VL": qwen2_vl, "Qwen2.5-VL": qwen2_5_vl, "Whisper": whisper,
 }  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -57,9 +58,7 @@ class Shape:
             "plain": [],
             "keep 0.95, factor 0.08": [Spin(span=span, keep=0.95, factor=0.08)],
             "keep 0.7, factor 0": [Spin(span=span, keep=0.7)],
-            "mass, keep 0.95, factor 0.08": [
-                Spin(span=span, keep=0.95, factor=0.08, score="mass")
-            ],
+            "mass, keep 0.95, factor 0.08": [Spin(span=span, keep=0.95, factor=0.08, score="mass")],
         }
 
 
@@ -94,7 +93,7 @@ def fill(engine: Engine, batch: int, context: int) -> None:
         blocks = torch.randperm(count, device=table.device) + 1
         table[:, :, :pages] = blocks.view(len(group.layers), batch, pages).int()
     held.slots.copy_(torch.arange(1, batch + 1, device=held.slots.device))
-    for pool in [*sum(engine.model.block_pools, []), *engine.model.slot_pools]:
+    for pool in chain(*engine.model.block_pools, engine.model.slot_pools):
         if pool.dtype == torch.bool:
             pool.fill_(True)
         else:

@@ -59,9 +59,7 @@ def measure(
     for batch, context in eager_points:
         found[eager_name(batch, context)] = eager_times(model, shape, batch, context)
     captured_program = fxgraft.capture(model)
-    program = fxgraft.compile(
-        captured_program, ["optimize"], backend="torch", check=False
-    ).program
+    program = fxgraft.compile(captured_program, ["optimize"], backend="torch", check=False).program
     del model, captured_program
     compiled = {
         name: compiled_of(shape, program, steps) for name, steps in shape.variants().items()

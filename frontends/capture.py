@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from fxgraft import graph as graphs
 from fxgraft.errors import InputError
-from fxgraft.frontends import exporting, inputs, raising, sources, transformers_hooks
+from fxgraft.frontends import exporting, image_sizes, inputs, raising, sources, transformers_hooks
 from fxgraft.program import Input, Program
 
 
@@ -29,7 +30,9 @@ def capture(
         example: example inputs; needed for modules that are not transformers models. Sizes must
             be at least 2 where a dimension is dynamic.
         dynamic: names of dynamic dimensions per input, as ``{"x": {0: "batch"}}``. By default
-            the batch dimension of every input, and the sequence dimension of token inputs.
+            the batch dimension of every input, and the sequence dimension of token inputs; of
+            token inputs only where the model is given sizes of images (``image_grid_thw``,
+            ``image_sizes``), which are fixed to those of the example.
         model_class: name of the transformers class to load a hub id or folder with, for example
             ``"AutoModelForImageClassification"``; by default the class its configuration names.
 
@@ -70,6 +73,22 @@ def _capture_module(
     values = inputs.example_values(model, specs, example)
     if not transformers_hooks.is_transformers(model):
         return raising.raise_ops(exporting.export(model, specs, values))
+    with image_sizes.fixed(model, specs) as constants:
+        program = _capture_transformers(
+            model,
+            tuple(spec for spec in specs if not spec.fixed),
+            {spec.name: values[spec.name] for spec in specs if not spec.fixed},
+        )
+    for name, weight in list(program.weights()):
+        if weight.is_meta and name in constants:
+            graphs.set_weight(program.graph_module, name, constants[name])
+    image_sizes.add_inputs(program, specs)
+    return program
+
+
+def _capture_transformers(
+    model: nn.Module, specs: tuple[Input, ...], values: Mapping[str, torch.Tensor]
+) -> Program:
     try:
         with transformers_hooks.emit_ops(model):
             program = raising.raise_ops(exporting.export(model, specs, values))

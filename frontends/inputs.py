@@ -10,16 +10,20 @@ import torch
 from torch import nn
 
 from fxgraft.errors import InputError
+from fxgraft.frontends import transformers_hooks
+from fxgraft.frontends.image_sizes import SIZE_INPUTS
 from fxgraft.program import Default, Input
 
 _BATCH, _SEQUENCE = 3, 11
-_TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
+_TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids",
+                 "mm_token_type_ids")  # fmt: skip
 _DECODER_INPUTS = ("decoder_input_ids", "decoder_attention_mask")
 _DEFAULTS: dict[str, Default] = {
     "attention_mask": "ones",
     "decoder_attention_mask": "ones",
     "position_ids": "positions",
     "token_type_ids": "zeros",
+    "mm_token_type_ids": "zeros",
 }
 
 
@@ -39,7 +43,38 @@ def describe(
         return _known_inputs(model)
     values = named(model, example)
     _check_dynamic(values, dynamic or {})
-    return tuple(_describe_value(model, name, value, dynamic) for name, value in values.items())
+    fixed = _size_inputs(model, values)
+    if dynamic is None and fixed:
+        dynamic = {name: {0: "batch", 1: "sequence"} for name in _TOKEN_INPUTS if name in values}
+    return tuple(
+        _fixed_value(name, value, dynamic)
+        if name in fixed
+        else _describe_value(model, name, value, dynamic)
+        for name, value in values.items()
+    )
+
+
+def _size_inputs(model: nn.Module, values: Mapping[str, torch.Tensor]) -> frozenset[str]:
+    """The inputs that the model reads as Python numbers."""
+    known = SIZE_INPUTS if transformers_hooks.is_transformers(model) else ()
+    return frozenset(known) & values.keys()
+
+
+def _fixed_value(
+    name: str, value: torch.Tensor, dynamic: Mapping[str, Mapping[int, str]] | None
+) -> Input:
+    if (dynamic or {}).get(name):
+        raise InputError(
+            f"argument 'dynamic' names input {name!r}, whose values are fixed at capture",
+            "leave it out: the model reads the sizes of images as numbers",
+        )
+    if value.dtype.is_floating_point or value.dim() != 2 or not value.numel():
+        raise InputError(
+            f"example input {name!r} is {value.dtype} of shape {tuple(value.shape)}",
+            "give whole numbers, a row per image",
+        )
+    flat = cast("list[int]", cast(Any, value.flatten()).tolist())
+    return Input(name, value.dtype, tuple(value.shape), fixed=tuple(flat))
 
 
 def named(

@@ -10,6 +10,8 @@ from fxgraft.kernels.spec import argument, dims, set_argument
 from fxgraft.program import Program
 
 aten = torch.ops.aten
+# What they return is what they take, unless it has another dtype.
+_SAME = (aten.to.dtype, aten.detach.default, aten.detach_.default, aten.alias.default)
 
 
 def raise_ops(program: Program) -> Program:
@@ -41,7 +43,7 @@ def has_loose_masks(program: Program) -> bool:
 def _drop_noise(node: Node) -> None:
     if node.target is aten._assert_tensor_metadata.default:
         node.graph.erase_node(node)
-    elif node.target in (aten.to.dtype, aten.detach.default, aten.alias.default):
+    elif node.target in _SAME:
         source = node.args[0]
         assert isinstance(source, Node)
         if source.meta["val"].dtype == node.meta["val"].dtype:

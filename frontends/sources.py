@@ -258,12 +258,17 @@ def _fill(
     for file in files:
         reader = open_safetensors(file)
         stored |= dict.fromkeys(reader.keys(), reader)
-    groups = _shared_names(program)
+    groups = [names for names in _shared_names(program) if program.weight(names[0]).is_meta]
     lost = [names[0] for names in groups if not (set(names) & (stored.keys() | made.keys()))]
     loaded = _load_whole(folder, loader, lost) if lost else {}
     for names in groups:
         meta = program.weight(names[0])
         value = _find(names, loaded, stored, made)
+        if value is None:
+            raise InputError(
+                f"the model computes with a constant {names[0]!r} that {folder} does not hold",
+                "load the model with transformers' from_pretrained, and capture that",
+            )
         if value.shape != meta.shape:
             raise InputError(
                 f"weight {names[0]!r} in {folder} has shape {tuple(value.shape)}, "
@@ -291,14 +296,14 @@ def _find(
     loaded: dict[str, torch.Tensor],
     stored: dict[str, Any],
     made: dict[str, torch.Tensor],
-) -> torch.Tensor:
-    """A weight's value under any of its names."""
+) -> torch.Tensor | None:
+    """A weight's value under any of its names; None for a constant made while capturing."""
     for name in names:
         if name in loaded:
             return loaded[name]
         if name in stored:
             return stored[name].get_tensor(name)
-    return next(made[name] for name in names if name in made)
+    return next((made[name] for name in names if name in made), None)
 
 
 def _load_whole(folder: Path, loader: Any, lost: list[str]) -> dict[str, torch.Tensor]:

@@ -99,12 +99,15 @@ class PackedWeight:
         pattern: N and M of a node, if at most N of each M neighbours along K are kept.
         shape: O and K of a node.
         unpack: the weight [O, K] of a node, given the values of ``arguments``.
+        experts: for a node whose rows are sorted by which of E weights they meet, E, and
+            ``unpack`` gives [E, O, K]; else None.
     """
 
     arguments: tuple[str, ...]
     pattern: Callable[[Node], tuple[int, int]]
     shape: Callable[[Node], tuple[Expr, Expr]]
     unpack: Callable[[Node, Sequence[torch.Tensor]], torch.Tensor]
+    experts: Callable[[Node], int | None] = lambda node: None
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
 """Fusions of a paged graph into the ops that have kernels for few rows.
 
-1. A linear layer takes in the RMS norm before it, if only linear layers read that norm. One with
-   an N:M sparse weight does not.
+1. A linear layer, also one with an N:M sparse weight, takes in the RMS norm before it, if only
+   such layers read that norm.
 2. Then the gated activation behind it, if the layer computes gate and up in one product.
 3. Then the sum with the residual stream behind it.
-4. Attention over blocks takes in the rotary embedding of its queries and keys.
+4. Attention over blocks takes in the score and the gate of its heads (``fuse_gate``).
+5. Then the rotary embedding of its queries and keys.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import operator
 from typing import Any, cast
 
 import torch
+from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
 from fxgraft import graph as graphs
+from fxgraft.backends.triton.fuse_gate import fuse_gate
 from fxgraft.kernels.spec import argument, dims, set_argument
 from fxgraft.paging import PagedProgram
 
@@ -38,6 +41,7 @@ def fused(paged: PagedProgram, *, fresh: bool) -> GraphModule:
             elif node.target is fx.nm_linear.default:
                 _fuse_nm_linear(node)
             elif node.target is fx.paged_attention.default:
+                fuse_gate(node)
                 _fuse_rotary(node)
                 if fresh:
                     set_argument(node, "longest_past", 0)
@@ -51,34 +55,42 @@ def _has_weight(node: Node) -> bool:
 
 
 def _fuse_linear(node: Node) -> None:
-    x, weight = cast("tuple[Node, Node]", node.args[:2])
-    kwargs: dict[str, Any] = {}
-    norm: Node | None = None
-    if x.target is fx.rms_norm.default and _all_linear(x) and _one_dtype(x, weight):
-        norm = cast("Node | None", argument(x, "weight"))
-        kwargs = {"eps": argument(x, "eps"), "norm_offset": argument(x, "offset")}
-        x = cast(Node, argument(x, "x"))
+    x, norm, kwargs = _before(node)
     place, activation, residual = _behind(node)
     if activation is not None:
         kwargs["activation"] = activation
-    args = (x, weight, argument(node, "bias"), norm, residual)
-    call = graphs.insert(place, fx.fused_linear.default, args, kwargs)
-    place.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
+    args = (x, node.args[1], argument(node, "bias"), norm, residual)
+    _replace(place, fx.fused_linear.default, args, kwargs)
 
 
 def _fuse_nm_linear(node: Node) -> None:
-    given = ("bias", "residual", "activation")
-    if argument(node, "residual") is not None or argument(node, "activation") is not None:
+    if any(argument(node, name) is not None for name in ("residual", "activation", "eps", "ends")):
         return
+    x, norm, kwargs = _before(node)
     place, activation, residual = _behind(node)
-    if place is node:
+    if place is node and not kwargs:
         return
-    args = (*node.args[:3], argument(node, "bias"), residual)
-    kwargs: dict[str, Any] = {k: value for k, value in node.kwargs.items() if k not in given}
     if activation is not None:
         kwargs["activation"] = activation
-    call = graphs.insert(place, fx.nm_linear.default, args, kwargs)
+    args = (x, *node.args[1:3], argument(node, "bias"), residual, norm)
+    pattern = {name: argument(node, name) for name in ("n", "m")}
+    _replace(place, fx.nm_linear.default, args, pattern | kwargs)
+
+
+def _replace(
+    place: Node, target: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    call = graphs.insert(place, target, args, kwargs)
     place.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
+
+
+def _before(node: Node) -> tuple[Node, Node | None, dict[str, Any]]:
+    """What a product reads, x, or the norm before it does; the norm's weight and its options."""
+    x, weight = cast("tuple[Node, Node]", node.args[:2])
+    if x.target is not fx.rms_norm.default or not _all_linear(x) or not _one_dtype(x, weight):
+        return x, None, {}
+    options = {"eps": argument(x, "eps"), "norm_offset": argument(x, "offset")}
+    return cast(Node, argument(x, "x")), cast("Node | None", argument(x, "weight")), options
 
 
 def _behind(node: Node) -> tuple[Node, object, Node | None]:
@@ -101,10 +113,13 @@ def _behind(node: Node) -> tuple[Node, object, Node | None]:
 
 
 def _all_linear(norm: Node) -> bool:
-    return all(
-        user.target is aten.linear.default and user.args[0] is norm and _has_weight(user)
-        for user in norm.users
-    )
+    return all(user.args[0] is norm and _takes_norm(user) for user in norm.users)
+
+
+def _takes_norm(node: Node) -> bool:
+    if node.target is fx.nm_linear.default:
+        return argument(node, "ends") is None
+    return node.target is aten.linear.default and _has_weight(node)
 
 
 def _only_user(node: Node) -> Node | None:

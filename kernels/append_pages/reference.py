@@ -17,7 +17,7 @@ def append_pages(
     place = index.clamp(min=0)
     found = blocks[_blocks_of(table, place, blocks.shape[1]), place % blocks.shape[1]]
     real = (index >= 0).view(*index.shape, *[1] * (found.dim() - 2))
-    return torch.where(real, found, 0).movedim(1, dim).contiguous()
+    return found.masked_fill(~real, 0).movedim(1, dim).contiguous()
 
 
 def write_pages(new: Tensor, pool: Tensor, table: Tensor, past: Tensor, dim: int) -> None:

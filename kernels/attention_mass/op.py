@@ -24,15 +24,18 @@ Raises:
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
+from torch.fx import Node
 
 from fxgraft.errors import InputError
 from fxgraft.kernels.attention import op as attention
 from fxgraft.kernels.attention.mask import check_lengths, check_rules
 from fxgraft.kernels.attention_mass import cost, reference
 from fxgraft.kernels.define import define
-from fxgraft.kernels.spec import OpSpec, State
+from fxgraft.kernels.spec import InPlace, OpSpec, State, argument
 
 
 def _check(
@@ -98,6 +101,18 @@ def _attention_mass(
     )
 
 
+def _in_place(node: Node, masks: Collection[Node]) -> InPlace | None:
+    """Over blocks, where no rule but causality and a window hides keys, as ``attention`` is."""
+    mask = argument(node, "key_mask")
+    if argument(node, "bias") is not None or argument(node, "chunk") is not None:
+        return None
+    if not argument(node, "is_causal") or (mask is not None and mask not in masks):
+        return None
+    names = ("query", "key", "chosen", "sinks", "scale", "window", "softcap", "normalize")
+    target = torch.ops.fxgraft.paged_attention_mass.default
+    return InPlace(target, {name: argument(node, name) for name in names})
+
+
 SPEC = define(
     OpSpec(
         name="attention_mass",
@@ -110,6 +125,7 @@ SPEC = define(
         ),
         total_dims=attention.SPEC.total_dims,
         causal=attention.SPEC.causal,
+        in_place=_in_place,
     ),
     "(Tensor query, Tensor key, Tensor chosen, Tensor? key_mask=None, Tensor? bias=None, "
     "Tensor? sinks=None, *, float scale, bool is_causal=True, int? window=None, int? chunk=None, "

@@ -18,22 +18,25 @@ def pack(weight: Tensor, mask: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
     returns ``weight`` where ``mask`` holds and 0 elsewhere, bit for bit.
 
     Args:
-        weight: [rows, K] of any dtype.
-        mask: bool [rows, K], True where a weight is kept.
+        weight: [rows, K] of any dtype, or a stack of such weights [E, rows, K].
+        mask: bool of the weight's shape, True where a weight is kept.
         n: kept weights of a group.
         m: columns of a group; it divides K.
 
     Returns:
         values [G / V, N, rows, V] of the weight's dtype, and indices [G / V, W, rows], both
-        contiguous.
+        contiguous; for a stack with E in front.
 
     Raises:
         InputError: shapes, the pattern, or a group where the mask keeps more than N.
     """
+    if weight.dim() == 3 and mask.shape == weight.shape and len(weight):
+        packed = [pack(*both, n, m) for both in zip(weight, mask, strict=True)]
+        return torch.stack([v for v, _ in packed]), torch.stack([i for _, i in packed])
     if weight.dim() != 2 or mask.shape != weight.shape or mask.dtype != torch.bool:
         raise InputError(
             f"pack got a weight {list(weight.shape)} and a mask {mask.dtype} {list(mask.shape)}",
-            "pass a weight [rows, columns] and a bool mask of that shape",
+            "pass a weight [rows, columns], or a stack of some, and a bool mask of that shape",
         )
     layout = layout_of_columns(weight.shape[1], n, m)
     rows = weight.shape[0]
@@ -47,9 +50,13 @@ def pack(weight: Tensor, mask: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
 def unpack(values: Tensor, indices: Tensor, n: int, m: int) -> Tensor:
     """The dense weight [rows, K] of a packed one, differentiable in ``values``.
 
+    A stack [E, rows, K] for a stack.
+
     Raises:
         InputError: the tensors do not belong to the pattern.
     """
+    if values.dim() == 5 and len(values) == len(indices) > 0:
+        return torch.stack([unpack(*both, n, m) for both in zip(values, indices, strict=True)])
     layout = layout_of(values, indices, n, m)
     dense = expand(values, kept_columns(indices, layout))
     return dense.permute(1, 0, 2, 3).reshape(values.shape[2], layout.columns)

@@ -21,6 +21,7 @@ from fxgraft.kernels.launch import (
     power_of_2,
 )
 from fxgraft.kernels.nm_linear import config as configs
+from fxgraft.kernels.nm_linear.arguments import ONLY_PRODUCT, Parts
 from fxgraft.kernels.nm_linear.config import Config
 from fxgraft.kernels.nm_linear.config import has_tiles as has_tiles
 from fxgraft.kernels.nm_linear.layout import Layout
@@ -38,26 +39,30 @@ def config_for(x: Tensor, values: Tensor, indices: Tensor, layout: Layout) -> Co
     return configs.config_for(x.device, x.dtype, values.shape[2], layout, rows)
 
 
+def takes_norm(x: Tensor, config: Config) -> bool:
+    """Whether the kernel normalises x [..., K] as it reads it: one row, as in ``fused_linear``."""
+    return config.kernel == "vector" and x.numel() == x.shape[-1]
+
+
 def nm_linear(
     x: Tensor,
     values: Tensor,
     indices: Tensor,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
+    parts: Parts = ONLY_PRODUCT,
     *,
     layout: Layout,
     config: Config,
-    activation: str | None = None,
 ) -> Tensor:
-    """Run the kernel ``"vector"`` or ``"matrix"`` of a configuration.
+    """Run the kernel ``"vector"`` or ``"matrix"`` of a configuration on one weight.
 
-    The other arguments and the result are those of ``fxgraft.kernels.nm_linear.op``.
+    Arguments and result are those of ``fxgraft.kernels.nm_linear.op``; ``parts`` asks for no
+    experts, and for a norm only where ``takes_norm``.
     """
+    activation = parts.activation
     features, rows = values.shape[2], x.numel() // x.shape[-1]
     x = x.contiguous()
-    residual = None if residual is None else residual.contiguous()
-    width = features if activation is None else features // 2
-    output = torch.empty((*x.shape[:-1], width), dtype=x.dtype, device=x.device)
+    residual = None if parts.residual is None else parts.residual.contiguous()
+    output = torch.empty(parts.output_shape(x, values), dtype=x.dtype, device=x.device)
     is_vector = config.kernel == "vector"
     block_r = power_of_2(rows) if is_vector else config.block_r
     blocks, row_blocks = blocks_of(features, config.block_n), blocks_of(rows, block_r)
@@ -76,10 +81,12 @@ def nm_linear(
         "num_warps": config.warps,
         **launch_options(x.device),
     }
-    tensors = (indices, bias, residual, output, partial, arrived)
+    tensors = (indices, parts.bias, residual, output, partial, arrived)
     if is_vector:
         over(vector_kernel, blocks, config.split_k)(
             x, values, *tensors, features, layout.chunks,
+            parts.norm_weight, parts.eps or 0.0, parts.norm_offset,
+            NORM=parts.eps is not None,
             INNER=layout.columns,
             ROWS=rows,
             EVEN=layout.chunks % (config.block_c * config.split_k) == 0,

@@ -64,7 +64,7 @@ def _prefetch(
 
 @triton.jit
 def _add_chunk(
-    totals, x, words, kept, chunk, end, chunks,
+    totals, x, words, kept, chunk, end, chunks, norm_weight, offset,
     N: tl.constexpr, M: tl.constexpr, LANE: tl.constexpr, WORDS: tl.constexpr,
     CODE_BITS: tl.constexpr, POSITION_BITS: tl.constexpr, IS_MASK: tl.constexpr,
     INNER: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr, ASSEMBLY: tl.constexpr,
@@ -73,14 +73,16 @@ def _add_chunk(
     lane = tl.arange(0, LANE)[None, :]
     inside = None if EVEN else (chunk < end)[:, None] & (lane < LANE)
     codes = unpack_codes(words, WORDS, LANE, CODE_BITS)
-    group = x + (tl.minimum(chunk, chunks - 1) * (LANE * M))[:, None] + lane * M
+    group = (tl.minimum(chunk, chunks - 1) * (LANE * M))[:, None] + lane * M
     for n in tl.static_range(N - 1, -1, -1):
         column, codes = take_position(codes, n, IS_MASK, POSITION_BITS, ASSEMBLY)
         value = kept[n].to(tl.float32)
+        if norm_weight is not None:
+            value *= _load(norm_weight + group + column, inside).to(tl.float32) + offset
         added = ()
         for row in tl.static_range(ROWS):
             # A constant offset from one address costs no instruction.
-            chosen = _load(group + column + row * INNER, inside).to(tl.float32)
+            chosen = _load(x + group + column + row * INNER, inside).to(tl.float32)
             added = added + (totals[row] + value * chosen,)
         totals = added
     return totals
@@ -92,8 +94,20 @@ def _load(pointers, mask):
 
 
 @triton.jit
+def _inverse_size(x, eps, INNER: tl.constexpr, BLOCK: tl.constexpr):
+    """1 / sqrt(mean(x²) + eps) of a row [INNER], float32; BLOCK inputs at a time."""
+    squares = tl.zeros((BLOCK,), tl.float32)
+    for start in tl.static_range(0, INNER, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        value = tl.load(x + place, mask=place < INNER, other=0.0).to(tl.float32)
+        squares += value * value
+    return tl.rsqrt(tl.sum(squares, axis=0) / INNER + eps)
+
+
+@triton.jit
 def vector_kernel(
     x, values, indices, bias, residual, output, partial, arrived, features, chunks,
+    norm_weight, eps, offset, NORM: tl.constexpr,
     N: tl.constexpr, M: tl.constexpr, LANE: tl.constexpr, WORDS: tl.constexpr,
     CODE_BITS: tl.constexpr, POSITION_BITS: tl.constexpr, IS_MASK: tl.constexpr,
     INNER: tl.constexpr, ROWS: tl.constexpr, BLOCK_R: tl.constexpr, EVEN: tl.constexpr,
@@ -101,6 +115,8 @@ def vector_kernel(
     SPLIT_K: tl.constexpr, PREFETCH: tl.constexpr, ASSEMBLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N of the weight rows times x [ROWS, INNER]; BLOCK_C chunks at a time, in splits.
+
+    With NORM x is one row, which every program measures as a whole and scales as it gathers.
 
     The weights of the next iteration are loaded before those of this one are used, the first ones
     before x exists.
@@ -127,13 +143,14 @@ def vector_kernel(
     )
     wait_for_inputs(PDL)
     totals = _zeros(THREADS, LANE, ROWS)
+    scale = _inverse_size(x, eps, INNER, 1024) if NORM else 1.0
     for start in range(begin, end, BLOCK_C):
         chunk = start + mine
         next_words, next_kept = _fetch(
             values, indices, weight_row, chunk + BLOCK_C, end, chunks, features, N, LANE, WORDS
         )
         totals = _add_chunk(
-            totals, x, words, kept, chunk, end, chunks,
+            totals, x, words, kept, chunk, end, chunks, norm_weight, offset,
             N, M, LANE, WORDS, CODE_BITS, POSITION_BITS, IS_MASK, INNER, ROWS, EVEN, ASSEMBLY,
         )  # fmt: skip
         words, kept = next_words, next_kept
@@ -148,4 +165,6 @@ def vector_kernel(
             total, partial, arrived, block, split, row, ROWS, BLOCK_R, BLOCK_N, SPLIT_K
         )
     if is_last:
+        if NORM:
+            total *= scale
         finish(total, bias, residual, output, block, row, ROWS, features, ACTIVATION, BLOCK_N)

@@ -18,6 +18,14 @@ import triton
 import triton.language as tl
 
 from fxgraft.kernels.launch import only_wait_for_inputs, prefetch, start_next
+from fxgraft.kernels.paged_attention.gating import (
+    count_key,
+    gate_by_sums,
+    gated_part,
+    is_gated,
+    prefetch_sums,
+    scale_row,
+)
 from fxgraft.kernels.paged_attention.pages import LOWEST, entries, rotated, scaled
 from fxgraft.kernels.paged_attention.splits import (
     add_parts,
@@ -102,7 +110,7 @@ def _new_logits(queries, new_key, split, scale, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _with_new(top, total, mixed, score, value):
+def _with_new(top, total, mixed, looked, score, value):
     """Continue an online softmax by one token, unless its logits ``score`` are LOWEST."""
     higher = tl.maximum(top, score)
     weight, decay = tl.exp2(score - higher), tl.exp2(top - higher)
@@ -111,13 +119,14 @@ def _with_new(top, total, mixed, score, value):
         higher,
         total * decay + weight,
         mixed * decay[:, None] + weight[:, None] * value[None, :],
+        looked * decay,
     )
 
 
 @triton.jit
 def _by_products(
-    query, key_cache, value_cache, table, page, begin, end, key_page, key_token, value_page,
-    value_token, scale,
+    query, key_cache, value_cache, chosen_cache, table, page, begin, end, key_page, key_token,
+    value_page, value_token, scale,
     SOFTCAP: tl.constexpr, PAGE: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -132,9 +141,13 @@ def _by_products(
     top = tl.full((TILE,), LOWEST, tl.float32)
     total = tl.zeros((TILE,), tl.float32)
     mixed = tl.zeros((TILE, BLOCK_V), tl.float32)
+    looked = total
     for start in tl.range(begin, end, TILE, num_stages=STAGES):
         token = start + place
         mask = token < end
+        if chosen_cache is not None:
+            flags = page.to(tl.int64) * PAGE + token % PAGE
+            counts = tl.load(chosen_cache + flags, mask=mask, other=0) != 0
         keys = page.to(tl.int64) * key_page + (token % PAGE) * key_token
         values = page.to(tl.int64) * value_page + (token % PAGE) * value_token
         page = tl.load(table + (token + TILE) // PAGE, mask=token + TILE < end, other=0)
@@ -149,19 +162,22 @@ def _by_products(
         higher = tl.maximum(top, score)
         weight, decay = tl.exp2(score - higher), tl.exp2(top - higher)
         total = total * decay + weight
+        if chosen_cache is not None:
+            looked = looked * decay + tl.where(counts, weight, 0.0)
         mixed = mixed * decay[:, None] + weight[:, None] * value.to(tl.float32)
         top = higher
     highest = tl.max(top, axis=0)
     decay = tl.exp2(top - highest)
     one = tl.zeros((1,), tl.float32)
     mixed = tl.sum(mixed * decay[:, None], axis=0)
-    return one + highest, one + tl.sum(total * decay, axis=0), mixed[None, :]
+    total, looked = tl.sum(total * decay, axis=0), tl.sum(looked * decay, axis=0)
+    return one + highest, one + total, mixed[None, :], one + looked
 
 
 @triton.jit
 def _by_dots(
-    query, first_score, first_value, key_cache, value_cache, table, page, begin, end, key_page,
-    key_token, value_page, value_token, scale,
+    query, first_score, first_value, key_cache, value_cache, chosen_cache, table, page, begin, end,
+    key_page, key_token, value_page, value_token, scale,
     SOFTCAP: tl.constexpr, PAGE: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -171,20 +187,25 @@ def _by_dots(
         query: [G, D], rotated.
         first_score: [G], the logits of one token more, or LOWEST where there is none.
         first_value: [D], its value.
+        chosen_cache: which tokens are chosen, or None.
         page: [TILE], the blocks of the first tokens.
 
     Returns:
         The largest logit [G], the sum of weights [G], and the weighted sum of values [G, D], over
-        the tokens begin..end and that one.
+        the tokens begin..end and that one; the sum of weights [G] of chosen tokens, if asked for.
     """
     column, value_column = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     top = first_score
     total = tl.where(first_score > LOWEST, 1.0, 0.0)
     mixed = total[:, None] * first_value[None, :]
+    looked = tl.zeros_like(total)
     place = tl.arange(0, TILE)
     for start in tl.range(begin, end, TILE, num_stages=STAGES):
         token = start + place
         mask = token < end
+        if chosen_cache is not None:
+            flags = page.to(tl.int64) * PAGE + token % PAGE
+            counts = tl.load(chosen_cache + flags, mask=mask, other=0) != 0
         keys = page.to(tl.int64) * key_page + (token % PAGE) * key_token
         values = page.to(tl.int64) * value_page + (token % PAGE) * value_token
         page = tl.load(table + (token + TILE) // PAGE, mask=token + TILE < end, other=0)
@@ -199,17 +220,19 @@ def _by_dots(
         higher = tl.maximum(top, tl.max(score, axis=1))
         weight, decay = tl.exp2(score - higher[:, None]), tl.exp2(top - higher)
         total = total * decay + tl.sum(weight, axis=1)
+        if chosen_cache is not None:
+            looked = looked * decay + tl.sum(tl.where(counts[None, :], weight, 0.0), axis=1)
         mixed = tl.dot(
             weight.to(value.dtype), value, mixed * decay[:, None], input_precision="ieee"
         )
         top = higher
-    return top, total, mixed
+    return top, total, mixed, looked
 
 
 @triton.jit
 def _attend_part(
-    query, key, value, key_cache, value_cache, table, cos, sin, length, split, begin, end,
-    query_head, angle_start, key_page, key_token, value_page, value_token, scale,
+    query, key, value, key_cache, value_cache, chosen_cache, table, cos, sin, length, split, begin,
+    end, query_head, angle_start, key_page, key_token, value_page, value_token, scale,
     GROUP: tl.constexpr, PAGE: tl.constexpr, SOFTCAP: tl.constexpr, ROTARY: tl.constexpr,
     INTERLEAVED: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, TILE: tl.constexpr,
@@ -222,7 +245,7 @@ def _attend_part(
         angle_start: where the row's angles begin in cos and sin.
 
     Returns:
-        The largest logit [G], the sum of weights [G], and the weighted sum of values [G, D].
+        The new key [1, D], then what ``_by_dots`` returns.
     """
     group, column = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
     token = begin + tl.arange(0, TILE)
@@ -239,45 +262,161 @@ def _attend_part(
         PAGE, ROTARY, INTERLEAVED, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V,
     )  # fmt: skip
     if BLOCK_G == 1:
-        top, total, mixed = _by_products(
-            queries, key_cache, value_cache, table, page, begin, end,
+        top, total, mixed, looked = _by_products(
+            queries, key_cache, value_cache, chosen_cache, table, page, begin, end,
             key_page, key_token, value_page, value_token, scale,
             SOFTCAP, PAGE, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, TILE, STAGES,
         )  # fmt: skip
         # Here, because the loop's first loads would wait for it.
         score = _new_logits(queries, new_key, split, scale, SOFTCAP)
-        top, total, mixed = _with_new(top, total, mixed, score, new_value)
+        top, total, mixed, looked = _with_new(top, total, mixed, looked, score, new_value)
     else:
         score = _new_logits(queries, new_key, split, scale, SOFTCAP)
-        top, total, mixed = _by_dots(
-            queries, score, new_value, key_cache, value_cache, table, page, begin, end,
-            key_page, key_token, value_page, value_token, scale,
+        top, total, mixed, looked = _by_dots(
+            queries, score, new_value, key_cache, value_cache, chosen_cache, table, page, begin,
+            end, key_page, key_token, value_page, value_token, scale,
             SOFTCAP, PAGE, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, TILE, STAGES,
         )  # fmt: skip
         start_next(PDL)
-    return top, total, mixed
+    return new_key, top, total, mixed, looked
+
+
+@triton.jit
+def _store_part(
+    top, total, mixed, looked, partial, statistics, arrived, sinks, scores, output, pair, split,
+    parts, head,
+    GROUP: tl.constexpr, VALUE_DIM: tl.constexpr, HEADS: tl.constexpr, BLOCK_G: tl.constexpr,
+    BLOCK_V: tl.constexpr, MOST: tl.constexpr, CHUNK: tl.constexpr, FIELDS: tl.constexpr,
+):  # fmt: skip
+    """Leave one part, or store the outputs if no other is to come; whether they are there now."""
+    is_last = parts == 1
+    if is_last:
+        finish(
+            top, total, mixed, looked, sinks, scores, output, head,
+            GROUP, VALUE_DIM, BLOCK_G, BLOCK_V,
+        )  # fmt: skip
+    else:
+        is_last = leave_part(
+            top, total, mixed, looked, partial, statistics, arrived, pair, split, parts,
+            GROUP, BLOCK_G, BLOCK_V, MOST, FIELDS,
+        )  # fmt: skip
+        if is_last:
+            add_parts(
+                partial, statistics, pair, parts, sinks, scores, output, head,
+                GROUP, VALUE_DIM, HEADS, BLOCK_V, MOST, CHUNK, FIELDS,
+            )  # fmt: skip
+            tl.store(arrived + pair, 0)
+    return is_last
+
+
+@triton.jit
+def _note_chosen(chosen, chosen_cache, table, row, length, is_mine, PAGE: tl.constexpr):
+    """Write behind a row's past whether its new token is chosen."""
+    place = entries(length, is_mine, table, PAGE, 1, PAGE)
+    tl.store(chosen_cache + place, tl.load(chosen + row), mask=is_mine)
+
+
+@triton.jit
+def _run_part(
+    query, key, value, key_cache, value_cache, table, cos, sin, sinks, output, partial, statistics,
+    arrived, chosen, gated, key_sums, slots, chosen_cache, scores, gate, length, split, begin, end,
+    parts, kv_head, row, query_head, angle_start, key_page, key_token, value_page, value_token,
+    scale,
+    GROUP: tl.constexpr, PAGE: tl.constexpr, SOFTCAP: tl.constexpr, ROTARY: tl.constexpr,
+    INTERLEAVED: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    MOST: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, CHUNK: tl.constexpr,
+    KV_HEADS: tl.constexpr, BLOCK_H: tl.constexpr, SCORE_CHUNK: tl.constexpr, KEEP: tl.constexpr,
+    FACTOR: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Attend to one split's part, suppress heads, and store what comes out.
+
+    Args:
+        query, key, value, output: of the row's first head of the kv head.
+        gate: factors of the outputs [G], or None.
+    """
+    head, pair = kv_head * GROUP, row * KV_HEADS + kv_head
+    new_key, top, total, mixed, looked = _attend_part(
+        query, key, value, key_cache, value_cache, chosen_cache, table, cos, sin, length, split,
+        begin, end, query_head, angle_start, key_page, key_token, value_page, value_token, scale,
+        GROUP, PAGE, SOFTCAP, ROTARY, INTERLEAVED, HEAD_DIM, VALUE_DIM, BLOCK_G, BLOCK_D, BLOCK_V,
+        TILE, STAGES, PDL,
+    )  # fmt: skip
+    if gate is not None:
+        top, total, mixed = gated_part(top, total, mixed, gate)
+        count_key(
+            new_key, key_sums, slots, chosen, row, kv_head, KV_HEADS, length, split == 0,
+            HEAD_DIM, BLOCK_D,
+        )  # fmt: skip
+    FIELDS: tl.constexpr = 2 if scores is None else 3
+    row_scores = None
+    if scores is not None:
+        row_scores = scores + row * KV_HEADS * GROUP
+    is_last = _store_part(
+        top, total, mixed, looked, partial, statistics, arrived, sinks, row_scores, output, pair,
+        split, parts, head, GROUP, VALUE_DIM, HEADS, BLOCK_G, BLOCK_V, MOST, CHUNK, FIELDS,
+    )  # fmt: skip
+    if scores is not None:
+        is_first = (split == 0) & (kv_head == 0)
+        _note_chosen(chosen, chosen_cache, table, row, length, is_first, PAGE)
+        if is_last & is_gated(chosen, gated, row):
+            scale_row(
+                row_scores, arrived + tl.num_programs(2) * KV_HEADS + row,
+                output - head * VALUE_DIM, KV_HEADS * GROUP, BLOCK_H, KV_HEADS, VALUE_DIM,
+                SCORE_CHUNK, KEEP, FACTOR,
+            )  # fmt: skip
+
+
+@triton.jit
+def _skip_row(
+    key, value, key_cache, value_cache, table, cos, sin, output, chosen, key_sums, slots, length,
+    kv_head, row, angle_start, key_page, key_token, value_page, value_token,
+    GROUP: tl.constexpr, PAGE: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr, KV_HEADS: tl.constexpr,
+):  # fmt: skip
+    """Attend to nothing: zeros, and the new key and value, which later tokens may need."""
+    angle = tl.zeros((1, 1), tl.int64) + angle_start
+    new_key, _ = _new_token(
+        key, value, key_cache, value_cache, table, length, cos, sin, angle, length >= 0,
+        key_page, key_token, value_page, value_token,
+        PAGE, ROTARY, INTERLEAVED, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V,
+    )  # fmt: skip
+    store_zeros(output, GROUP, VALUE_DIM, BLOCK_G, BLOCK_V)
+    count_key(
+        new_key, key_sums, slots, chosen, row, kv_head, KV_HEADS, length, length >= 0,
+        HEAD_DIM, BLOCK_D,
+    )  # fmt: skip
 
 
 @triton.jit
 def decode_kernel(
     query, key, value, key_cache, value_cache, table, past, cos, sin, sinks, output, partial,
-    statistics, arrived, query_row, query_head, key_row, key_head, value_row, value_head, key_page,
-    key_cache_head, key_token, value_page, value_cache_head, value_token, table_row, angle_row,
-    blocks, pages, scale,
+    statistics, arrived, chosen, gated, key_sums, slots, chosen_cache, scores, query_row,
+    query_head, key_row, key_head, value_row, value_head, key_page, key_cache_head, key_token,
+    value_page, value_cache_head, value_token, table_row, angle_row, blocks, pages, scale,
     GROUP: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, HEADS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr, SPLITS: tl.constexpr, MOST: tl.constexpr, LEAST: tl.constexpr,
     LONGEST: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, CHUNK: tl.constexpr,
-    PREFETCH: tl.constexpr, PDL: tl.constexpr,
+    PREFETCH: tl.constexpr, KV_HEADS: tl.constexpr, BLOCK_H: tl.constexpr,
+    SCORE_CHUNK: tl.constexpr, KEEP: tl.constexpr, FACTOR: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One split of one kv head of one row; grid (MOST, kv heads, rows).
+
+    With ``key_sums`` the head outputs are gated by the sums of logits, with ``chosen_cache`` by
+    the shares of attention, as the op says; with neither, nothing of that is compiled.
 
     Args:
         output: [rows, heads, VALUE_DIM].
         partial, statistics: float32, for each row, kv head, split and query head BLOCK_V sums, and
-            the largest logit and sum of weights.
-        arrived: a counter of 0 for each row and kv head.
+            the largest logit, sum of weights and, for shares, that of the chosen tokens.
+        arrived: a counter of 0 for each row and kv head, then one for each row.
+        chosen, gated: uint8 [rows].
+        key_sums: float32 [slots, KV_HEADS, HEAD_DIM].
+        chosen_cache: uint8 [blocks, PAGE].
+        scores: float32 [rows, heads], written with ``chosen_cache`` only.
         *_row, *_head, *_page, *_token: strides; ``angle_row`` is that of cos and sin.
         blocks: number of blocks in the caches.
         pages: width of the table.
@@ -287,6 +426,8 @@ def decode_kernel(
         TILE: tokens of an iteration.
         CHUNK: parts that are read at once when they are added.
         PREFETCH: tokens to ask for before the inputs are ready, a power of 2.
+        BLOCK_H, SCORE_CHUNK: all query heads, and channels of them that are scored at once, as
+            powers of 2.
     """
     split, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     head = kv_head * GROUP
@@ -301,6 +442,8 @@ def decode_kernel(
             key_page, key_token, value_page, value_token, WINDOW, SPLITS, LEAST, LONGEST,
             HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, PAGE, PREFETCH, PDL,
         )  # fmt: skip
+    if PDL and key_sums is not None:
+        prefetch_sums(key_sums, slots, row, kv_head, KV_HEADS, HEAD_DIM, BLOCK_D, PDL)
     if BLOCK_G == 1:
         start_next(PDL)
     only_wait_for_inputs(PDL)
@@ -310,22 +453,31 @@ def decode_kernel(
         if split == 0:
             store_zeros(output, GROUP, VALUE_DIM, BLOCK_G, BLOCK_V)
     elif split < parts:
-        top, total, mixed = _attend_part(
-            query + row * query_row + head * query_head, key + row * key_row + kv_head * key_head,
-            value + row * value_row + kv_head * value_head,
-            key_cache, value_cache, table, cos, sin, length, split, begin, end,
-            query_head, row * angle_row, key_page, key_token, value_page, value_token, scale,
-            GROUP, PAGE, SOFTCAP, ROTARY, INTERLEAVED, HEAD_DIM, VALUE_DIM,
-            BLOCK_G, BLOCK_D, BLOCK_V, TILE, STAGES, PDL,
-        )  # fmt: skip
-        if parts == 1:
-            finish(top, total, mixed, sinks, output, head, GROUP, VALUE_DIM, BLOCK_G, BLOCK_V)
-        elif leave_part(
-            top, total, mixed, partial, statistics, arrived, pair, split, parts,
-            GROUP, BLOCK_G, BLOCK_V, MOST,
-        ):  # fmt: skip
-            add_parts(
-                partial, statistics, pair, parts, sinks, output, head,
-                GROUP, VALUE_DIM, HEADS, BLOCK_V, MOST, CHUNK,
+        queries = query + row * query_row
+        gate = None
+        if key_sums is not None:
+            gate = gate_by_sums(
+                queries, key_sums, slots, chosen, gated, row, head, length, KV_HEADS, cos, sin,
+                row * angle_row, query_head, scale, GROUP, BLOCK_G, KV_HEADS * GROUP, BLOCK_H,
+                HEAD_DIM, SCORE_CHUNK, ROTARY, INTERLEAVED, KEEP, FACTOR,
             )  # fmt: skip
-            tl.store(arrived + pair, 0)
+        if gate is None or FACTOR != 0 or tl.max(gate, axis=0) > 0:
+            _run_part(
+                queries + head * query_head, key + row * key_row + kv_head * key_head,
+                value + row * value_row + kv_head * value_head, key_cache, value_cache, table, cos,
+                sin, sinks, output, partial, statistics, arrived, chosen, gated, key_sums, slots,
+                chosen_cache, scores, gate, length, split, begin, end, parts, kv_head, row,
+                query_head, row * angle_row, key_page, key_token, value_page, value_token, scale,
+                GROUP, PAGE, SOFTCAP, ROTARY, INTERLEAVED, HEAD_DIM, VALUE_DIM, HEADS, BLOCK_G,
+                BLOCK_D, BLOCK_V, MOST, TILE, STAGES, CHUNK, KV_HEADS, BLOCK_H, SCORE_CHUNK, KEEP,
+                FACTOR, PDL,
+            )  # fmt: skip
+        elif split == 0:
+            _skip_row(
+                key + row * key_row + kv_head * key_head,
+                value + row * value_row + kv_head * value_head, key_cache, value_cache, table, cos,
+                sin, output, chosen, key_sums, slots, length, kv_head, row, row * angle_row,
+                key_page, key_token, value_page, value_token,
+                GROUP, PAGE, ROTARY, INTERLEAVED, HEAD_DIM, VALUE_DIM, BLOCK_G, BLOCK_D, BLOCK_V,
+                KV_HEADS,
+            )  # fmt: skip

@@ -24,12 +24,25 @@ Args:
     interleaved: pairing of channels of ``fxgraft::rotary``.
     longest_past: the largest of ``past`` where the caller knows it, else -1. 0 says that the new
         tokens are all there are.
+    chosen: bool [B, S], the tokens that heads are scored by; with the next ones, heads are
+        suppressed as by ``fxgraft::head_gate``.
+    gated: bool [B, S], the tokens whose heads are ranked. A chosen token is not gated.
+    key_sum_cache: float [slots, Hkv, D], changed in place: the sum of a request's chosen keys.
+        With it, heads are scored as by ``fxgraft::logit_sum``.
+    slots: int64 [B], the slot of each row; different ones, but for rows without a request.
+    chosen_cache: bool [N, block_size], changed in place: ``chosen`` of past tokens, in the blocks
+        that ``table`` names. With it, heads are scored as by ``fxgraft::attention_mass``. Either
+        this or ``key_sum_cache`` is given.
+    keep: number of heads that stay in a gated row.
+    factor: what the outputs of the others are multiplied by. With 0 and ``key_sum_cache`` one new
+        token costs nothing for kv heads none of whose query heads stays.
 
 Returns:
     [B, Hq, S, Dv] in the query's dtype, laid out so that ``.transpose(1, 2)`` is contiguous.
 
 Raises:
-    InputError: dtypes differ, shapes do not fit, or the window is below 1.
+    InputError: dtypes differ, shapes do not fit, the window is below 1, or only some of what
+        suppresses heads is given.
 """
 
 from __future__ import annotations
@@ -45,6 +58,7 @@ from fxgraft.kernels.accelerate import on_cuda
 from fxgraft.kernels.attention.mask import check_rules
 from fxgraft.kernels.define import define
 from fxgraft.kernels.paged_attention import cost, reference
+from fxgraft.kernels.paged_attention.gate import Gate
 from fxgraft.kernels.paged_attention.general import paged_attention as general
 from fxgraft.kernels.spec import OpSpec
 
@@ -120,9 +134,20 @@ def _checked(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
         _check_dtypes(query, (key, value, key_cache, value_cache), table, past)
         _check_shapes(query, key, value, key_cache, value_cache, table, past)
         check_rules(True, window, None)
+        gate = _gate(tensors, options)
+        if gate is not None:
+            gate.check(query, key, key_cache)
         return attend(*tensors, window=window, **options)
 
     return call
+
+
+def _gate(tensors: tuple[Any, ...], options: dict[str, Any]) -> Gate | None:
+    """The gate of a call; arguments may be given by position or by name."""
+    names = ("chosen", "gated", "key_sum_cache", "slots", "chosen_cache")
+    given = dict(zip(names, tensors[10:], strict=False))
+    values = [given.get(name, options.get(name)) for name in names]
+    return Gate.of(*values, options.get("keep", 0), options.get("factor", 1.0))
 
 
 def _by_kernels(*tensors: Any, **options: Any) -> Tensor:
@@ -130,7 +155,8 @@ def _by_kernels(*tensors: Any, **options: Any) -> Tensor:
 
     query, key, value = tensors[:3]
     cos = tensors[7] if len(tensors) > 7 else options.get("cos")
-    attend = triton.paged_attention if triton.supports(query, key, value, cos) else general
+    is_taken = triton.supports(query, key, value, cos, _gate(tensors, options))
+    attend = triton.paged_attention if is_taken else general
     return attend(*tensors, **options)
 
 
@@ -142,9 +168,11 @@ SPEC = define(
         flops=cost.flops,
     ),
     "(Tensor query, Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
-    "Tensor table, Tensor past, Tensor? cos=None, Tensor? sin=None, Tensor? sinks=None, *, "
-    "float scale, int? window=None, float softcap=0.0, bool interleaved=False, "
-    "int longest_past=-1) -> Tensor",
+    "Tensor table, Tensor past, Tensor? cos=None, Tensor? sin=None, Tensor? sinks=None, "
+    "Tensor? chosen=None, Tensor? gated=None, Tensor(c!)? key_sum_cache=None, "
+    "Tensor? slots=None, Tensor(d!)? chosen_cache=None, *, float scale, int? window=None, "
+    "float softcap=0.0, bool interleaved=False, int longest_past=-1, int keep=0, "
+    "float factor=1.0) -> Tensor",
     _fake,
     _checked(general),
 )

@@ -30,9 +30,9 @@ def _write(
 @triton.jit
 def write_kernel(
     query, key, value, key_cache, value_cache, table, past, cos, sin, rotated_query, rotated_key,
-    query_row, query_head, query_token, key_row, key_head, key_token, value_row, value_head,
-    value_token, key_page, key_cache_head, key_entry, value_page, value_cache_head, value_entry,
-    table_row, angle_row, angle_token, tokens, heads, kv_heads,
+    chosen, chosen_cache, block_sums, query_row, query_head, query_token, key_row, key_head,
+    key_token, value_row, value_head, value_token, key_page, key_cache_head, key_entry, value_page,
+    value_cache_head, value_entry, table_row, angle_row, angle_token, tokens, heads, kv_heads,
     PAGE: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr,
     PDL: tl.constexpr,
@@ -45,6 +45,10 @@ def write_kernel(
     Args:
         rotated_query: [rows, tokens, heads, HEAD_DIM], or None if queries do not rotate.
         rotated_key: [rows, tokens, kv_heads, HEAD_DIM], or None if only the cache needs keys.
+        chosen: uint8 [rows, tokens], or None if neither of the next two is given.
+        chosen_cache: uint8 [blocks, PAGE], gets ``chosen`` too; or None.
+        block_sums: float32 [rows, kv_heads, blocks of tokens, HEAD_DIM], gets the sum of each
+            block's chosen keys; or None.
         *_row, *_head, *_token, *_page, *_entry: strides; those of cos and sin are ``angle_*``.
     """
     row, which = tl.program_id(2).to(tl.int64), tl.program_id(1)
@@ -66,6 +70,11 @@ def write_kernel(
             values, value_cache + which * value_cache_head, table, token, length, writes,
             value_page, value_entry, VALUE_DIM, BLOCK_V, PAGE,
         )  # fmt: skip
+        if chosen_cache is not None:
+            is_one = writes & (which == 0)
+            flag = entries(length + token, is_one, table, PAGE, 1, PAGE)
+            new_flags = tl.load(chosen + row * tokens + token, mask=is_one, other=0)
+            tl.store(chosen_cache + flag, new_flags, mask=is_one)
     elif which < 2 * kv_heads:
         head = which - kv_heads
         start = key + row * key_row + head * key_head + token.to(tl.int64) * key_token
@@ -80,6 +89,11 @@ def write_kernel(
         if rotated_key is not None:
             place = ((row * tokens + token) * kv_heads + head) * HEAD_DIM
             tl.store(rotated_key + place[:, None] + column[None, :], keys, mask=mask)
+        if block_sums is not None:
+            counts = tl.load(chosen + row * tokens + token, mask=is_new, other=0) != 0
+            total = tl.sum(tl.where(counts[:, None], keys.to(tl.float32), 0.0), axis=0)
+            of_block = ((row * kv_heads + head) * tl.num_programs(0) + tl.program_id(0)) * HEAD_DIM
+            tl.store(block_sums + of_block + column, total, mask=column < HEAD_DIM)
     elif rotated_query is not None:
         head = which - 2 * kv_heads
         start = query + row * query_row + head * query_head + token.to(tl.int64) * query_token

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fxgraft.kernels.attention import reference as dense
+from fxgraft.kernels.paged_attention.gate import Gate, with_gate
 from fxgraft.kernels.rotary import reference as position
 
 
@@ -22,15 +23,27 @@ def paged_attention(
     cos: Tensor | None = None,
     sin: Tensor | None = None,
     sinks: Tensor | None = None,
+    chosen: Tensor | None = None,
+    gated: Tensor | None = None,
+    key_sum_cache: Tensor | None = None,
+    slots: Tensor | None = None,
+    chosen_cache: Tensor | None = None,
     *,
     scale: float,
     window: int | None = None,
     softcap: float = 0.0,
     interleaved: bool = False,
     longest_past: int = -1,
+    keep: int = 0,
+    factor: float = 1.0,
 ) -> Tensor:
     """Attend and write; arguments and result are those of the op in ``op.py``."""
     query, key = rotate(query, key, cos, sin, interleaved)
+    gate = Gate.of(chosen, gated, key_sum_cache, slots, chosen_cache, keep, factor)
+    if gate is not None:
+        given = (query, key, value, key_cache, value_cache, table, past)
+        rules = {"scale": scale, "window": window, "softcap": softcap}
+        return with_gate(paged_attention, given, sinks, gate, rules)
     output = attend(
         query,
         key,

@@ -9,6 +9,8 @@ from fxgraft import artifact
 from fxgraft.artifact import fingerprint_of
 from fxgraft.errors import InputError
 from fxgraft.offline import OfflineStage, Workspace
+from fxgraft.passes.flow.adapters import require_peft
+from fxgraft.passes.flow.report import NOT_TAKEN
 from fxgraft.passes.flow.rewrite import rewrite
 from fxgraft.passes.flow.settings import FlowSettings
 from fxgraft.passes.flow.stage import FlowCalibration, select_and_prune
@@ -47,6 +49,8 @@ class Flow(FlowSettings, Pass):
             _read(self.artifact, self._given())
             return
         find(program, self)
+        if self.recovery.steps:
+            require_peft()
         if not self.data:
             raise InputError(
                 "pass 'flow' has neither an artifact nor calibration data",
@@ -68,7 +72,7 @@ class Flow(FlowSettings, Pass):
             _check_weights(program, found.units, stored.results)
             tensors, lines = stored.tensors(), _describe(stored.results)
         zeroed = rewrite(program, found.units, tensors)
-        note = f"{len(zeroed)} weights of experts stay dense tensors with zeros"
+        note = f"{len(zeroed)} weights stay dense tensors with zeros"
         return [*lines, note] if zeroed else lines
 
     def _given(self) -> dict[str, Any]:
@@ -111,4 +115,10 @@ def _check_weights(program: Program, units: tuple[Unit, ...], results: dict[str,
 def _describe(results: dict[str, Any]) -> list[str]:
     exact = "as asked" if results["exact"] else f"asked {results['asked']:g}"
     lines = [f"sparsity {results['sparsity']:.6g}, {exact}; {results['chosen']} chosen"]
-    return [*lines, results["guard"]] if results["guard"] else lines
+    lines += [results["guard"]] if results["guard"] else []
+    recovery = results.get("recovery")
+    if recovery is None:
+        return lines
+    loss = results["loss"]
+    words = f"calibration loss {loss['pruned']:.4g}, {loss['recovered']:.4g} after recovery"
+    return [*lines, words if recovery["taken"] else NOT_TAKEN]

@@ -11,6 +11,7 @@ from torch import Tensor
 from fxgraft import facts
 from fxgraft.calibration import Inputs, token_losses
 from fxgraft.kernels.spec import spec_of
+from fxgraft.passes.dsla.losses import divergence
 from fxgraft.program import Program
 
 
@@ -54,6 +55,19 @@ class Objective:
         changes = [(got[name].double() - value.double()) for name, value in wanted.items()]
         size = sum(float(value.double().square().sum()) for value in wanted.values())
         return sum(float(change.square().sum()) for change in changes), size
+
+    def distance(self, outputs: Mapping[str, Tensor], dense: Mapping[str, Tensor]) -> Tensor:
+        """How far outputs are from the unpruned model's, a differentiable scalar.
+
+        The divergence KL(dense ‖ outputs) of the next token, mean over tokens, or the squared
+        change of the outputs over their squared size.
+        """
+        if self.is_causal:
+            return divergence(outputs["logits"], dense["logits"])
+        wanted, got = _floating(dense), _floating(outputs)
+        size = torch.stack([value.float().square().sum() for value in wanted.values()]).sum()
+        changes = [(got[name].float() - value.float()) for name, value in wanted.items()]
+        return torch.stack([change.square().sum() for change in changes]).sum() / size
 
     def probe(self, index: int, outputs: Mapping[str, Tensor], seed: int) -> Tensor:
         """A scalar whose gradient, squared, tells how the loss curves.

@@ -15,6 +15,7 @@ from fxgraft.passes.flow.criteria import Assignment
 from fxgraft.passes.flow.study import Study
 from fxgraft.passes.flow.units import Unit
 
+NOT_TAKEN = "the recovery did not lower the calibration loss; weights are as pruned"
 _CELL, _ROW, _LEFT, _TOP = 92, 22, 70, 64
 
 
@@ -65,6 +66,8 @@ def summary(results: Mapping[str, Any], selection: Selection) -> list[str]:
     ]
     if results["guard"]:
         lines.append(results["guard"])
+    if results["recovery"] is not None and not results["recovery"]["taken"]:
+        lines.append(NOT_TAKEN)
     counts: dict[str, int] = {}
     for entry in results["layers"]:
         counts[entry["pattern"]] = counts.get(entry["pattern"], 0) + 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from fxgraft.calibration import Choice
 from fxgraft.errors import InputError
@@ -14,6 +14,25 @@ from fxgraft.settings import Settings
 
 # The numbers of kept weights among which the published program chooses.
 _PUBLISHED = (2, 4, 8)
+
+
+class Recovery(BaseModel):
+    """A short training of low-rank adapters behind the masks; see ``recovery``."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+    steps: int = Field(default=0, ge=0)
+    """Steps of training; 0 trains nothing."""
+    rank: int = Field(default=8, ge=1)
+    """Rank of the adapters."""
+    alpha: float = Field(default=16.0, gt=0.0)
+    """Adapters count alpha / rank times."""
+    learning_rate: float = Field(default=1e-3, gt=0.0)
+    """The highest; it rises over the first twentieth of the steps, then falls in a line to 0."""
+    tokens: int = Field(default=4096, ge=1)
+    """Tokens of a step: as many of the calibration sequences as they fill, one at least."""
 
 
 class FlowSettings(Settings):
@@ -51,6 +70,8 @@ class FlowSettings(Settings):
     """Of the places where sequences are cut."""
     probes: int = Field(default=2, ge=1)
     """Batches of the calibration data on which criterion `loss` estimates the rise."""
+    recovery: Recovery = Recovery()
+    """Train low-rank adapters after pruning and fold them into the kept weights; needs peft."""
     tokenizer: str | None = None
     """Model whose tokenizer to use; default the Program's own source."""
 

@@ -7,8 +7,10 @@ from typing import Any, ClassVar
 from fxgraft.errors import InputError
 from fxgraft.offline import Made, OfflineStage, Workspace
 from fxgraft.passes.flow import criteria, report
+from fxgraft.passes.flow.adapters import require_peft
 from fxgraft.passes.flow.budget import Selection
 from fxgraft.passes.flow.criteria import Assignment
+from fxgraft.passes.flow.recovery import recover
 from fxgraft.passes.flow.settings import FlowSettings
 from fxgraft.passes.flow.stream import Run
 from fxgraft.passes.flow.study import Study
@@ -21,7 +23,7 @@ class FlowCalibration(FlowSettings, OfflineStage):
     role: ClassVar[str] = OfflineStage.role
 
     def run(self, program: Program, work: Workspace) -> Made:
-        """Measure, choose, prune, and hold the result against one N:M for all layers."""
+        """Measure, choose, prune, hold the result against one N:M for all layers, and recover."""
         return select_and_prune(program, self, work)
 
 
@@ -31,6 +33,8 @@ def select_and_prune(program: Program, settings: FlowSettings, work: Workspace) 
     Raises:
         InputError: model, settings and data do not fit together, or hold NaN.
     """
+    if settings.recovery.steps:
+        require_peft()
     study = Study.of(program, settings, work)
     selection, assignment = study.select(work)
     run = study.prune(assignment, "prune", work)
@@ -38,6 +42,10 @@ def select_and_prune(program: Program, settings: FlowSettings, work: Workspace) 
     if settings.criterion != "uniform":
         selection, assignment, run, rival, words = _guard(study, selection, assignment, run, work)
         chosen = "uniform" if run is rival else chosen
+    pruned, recovered = run, None
+    if settings.recovery.steps and run.tensors:
+        recovered = recover(study, run, work)
+        run = recovered.run
     results: dict[str, Any] = {
         "asked": selection.asked,
         "sparsity": selection.sparsity,
@@ -46,15 +54,19 @@ def select_and_prune(program: Program, settings: FlowSettings, work: Workspace) 
         "guard": words,
         "loss": {
             "dense": study.dense_loss,
-            "pruned": run.loss,
+            "pruned": pruned.loss,
             "uniform": rival.loss if rival is not None else None,
+            "recovered": recovered.loss if recovered is not None else None,
         },
+        "recovery": recovered.describe(pruned.loss) if recovered is not None else None,
         "layers": report.layers(study, assignment),
         "blocks": report.blocks(study),
         "left": study.found.left,
         "seconds": study.seconds,
     }
     tensors = {**run.tensors, **report.statistics(study)}
+    if recovered is not None:
+        tensors["recovery.losses"] = recovered.losses
     texts = {"picture.svg": report.picture(results)}
     return Made(tensors, results, report.summary(results, selection), texts)
 

@@ -13,14 +13,14 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
 from fxgraft.errors import InputError
-from fxgraft.kernels.spec import spec_of
+from fxgraft.kernels.spec import dims, expr, spec_of
 from fxgraft.layers import Layer, is_linear
 from fxgraft.operators import aliases_input, qualified_name
 from fxgraft.passes.flow.patterns import WIDTHS, Pattern
@@ -30,7 +30,12 @@ from fxgraft.weight_products import WeightProduct, weight_products
 aten = torch.ops.aten
 _CHOICES = frozenset({"aten::topk", "aten::argmax", "aten::max", "aten::sort"})
 _MAIN_ROLES = frozenset({"input", "query", "key", "value", "key_value", "qkv", "output"})
+Form = Literal["matrix", "grouped", "batched"]
+"""A product with one matrix; of rows sorted by expert; of the same number of rows per expert."""
+
 _ONE_MATRIX = (aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default)
+
+_BATCHED = (aten.bmm.default, aten.baddbmm.default, aten.matmul.default)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,14 +78,18 @@ class Unit:
         return self.product.copies * self.product.outputs * (self.product.reduction - kept)
 
     @property
-    def is_packable(self) -> bool:
-        """Whether ``fxgraft::nm_linear`` can take the place of the product."""
-        return (
-            self.product.copies == 1
-            and self.node.target in _ONE_MATRIX
-            and not self.node.kwargs
-            and self.source is self.node.all_input_nodes[_place_of_x(self.node)]
-        )
+    def form(self) -> Form | None:
+        """How ``fxgraft::nm_linear`` can take the place of the product; None if it cannot."""
+        node, inputs = self.node, self.node.all_input_nodes
+        if node.kwargs or self.source is not inputs[_place_of_x(node)]:
+            return None
+        if self.product.is_grouped:
+            return "grouped" if len(node.args) == 3 else None
+        if self.product.copies == 1:
+            return "matrix" if node.target in _ONE_MATRIX else None
+        shape = dims(self.source)
+        is_stack = len(shape) == 3 and shape[:1] == (expr(self.product.copies),)
+        return "batched" if node.target in _BATCHED and is_stack else None
 
     def read(self, weight: Tensor) -> Tensor:
         """The matrices [copies, O, K] in a weight as it is stored."""
@@ -90,7 +99,7 @@ class Unit:
 
     def write(self, weight: Tensor, matrices: Tensor) -> Tensor:
         """A weight as it is stored, with other matrices [copies, O, K]."""
-        if self.product.operand.op == "get_attr" and not self.product.is_transposed:
+        if _is_same_memory(self.read(weight), weight):
             return matrices.reshape(weight.shape).to(weight.dtype)
         places = torch.arange(weight.numel(), device=weight.device).reshape(weight.shape)
         flat = torch.empty_like(weight.detach(), memory_format=torch.contiguous_format).flatten()
@@ -181,7 +190,7 @@ def check_widths(units: Sequence[Unit], patterns: Sequence[Pattern], pad: bool) 
 
 
 def _place_of_x(node: Node) -> int:
-    return 1 if node.target is aten.addmm.default else 0
+    return 1 if node.target in (aten.addmm.default, aten.baddbmm.default) else 0
 
 
 def _move(operand: Node, weight: Tensor) -> Tensor:
@@ -190,6 +199,12 @@ def _move(operand: Node, weight: Tensor) -> Tensor:
         return weight
     moved = _move(operand.all_input_nodes[0], weight)
     return cast(Any, operand.target)(moved, *operand.args[1:], **operand.kwargs)
+
+
+def _is_same_memory(matrices: Tensor, weight: Tensor) -> bool:
+    """Whether the matrices of a weight are its elements in their order."""
+    both = matrices.is_contiguous() and weight.is_contiguous()
+    return both and matrices.data_ptr() == weight.data_ptr()
 
 
 def _only_moves(operand: Node) -> bool:

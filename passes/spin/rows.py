@@ -11,8 +11,8 @@ from torch.fx import Node
 
 from fxgraft import graph as graphs
 from fxgraft.kernels.spec import dims
-from fxgraft.program import Input, Program
-from fxgraft.state import PROMPT_LENGTH
+from fxgraft.program import Program
+from fxgraft.prompt_parts import prompt_length, share_sizes
 
 aten = torch.ops.aten
 
@@ -30,14 +30,6 @@ class Rows:
     gated: Node
 
 
-def _share_sizes(node: Node, ids: Node) -> None:
-    """Give an input of the tokens' shape their symbols, where capture gave it some of its own."""
-    value, wanted = node.meta["val"], ids.meta["val"]
-    if dims(node) != dims(ids):
-        node.meta["val"] = wanted.new_empty(wanted.shape, dtype=value.dtype)
-        graphs.refresh(node.users)
-
-
 class RowBuilder:
     """Inserts the nodes behind the inputs.
 
@@ -52,7 +44,7 @@ class RowBuilder:
         self.anchor = next(node for node in program.graph.nodes if node.op != "placeholder")
         for name in ("attention_mask", "position_ids"):
             if name in inputs and len(dims(inputs[name])) == 2:
-                _share_sizes(inputs[name], self.ids)
+                share_sizes(inputs[name], self.ids)
         mask = inputs.get("attention_mask")
         self.mask = None if mask is None else self._insert(aten.ne.Scalar, mask, 0)
         given = inputs.get("position_ids")
@@ -100,29 +92,13 @@ class RowBuilder:
     def _gated(self, behind: Node, rows: str) -> Node:
         if rows == "all_text":
             return behind
-        given = self._prompt_length()
+        given = prompt_length(self.program)
         end = self._insert(
             aten.where.self, self._insert(aten.gt.Scalar, given, 0), given, self._end()
         )
         first = self._insert(aten.unsqueeze.default, self._insert(aten.sub.Tensor, end, 1), 1)
         late = self._insert(aten.ge.Tensor, self.position, first)
         return self._insert(aten.logical_and.default, behind, late)
-
-    def _prompt_length(self) -> Node:
-        """An input int64 [B]: the number of the prompt's tokens; 0: all given so far."""
-        program = self.program
-        existing = [node for node in program.placeholders if node.name == PROMPT_LENGTH]
-        if existing:
-            return existing[0]
-        last = program.placeholders[-1]
-        with program.graph.inserting_after(last):
-            node = program.graph.placeholder(PROMPT_LENGTH)
-        ids = self.ids.meta["val"]
-        node.meta["val"] = ids.new_empty(ids.shape[:1])
-        graphs.inherit(node, last)
-        shape = (program.input("input_ids").shape[0],)
-        program.inputs = (*program.inputs, Input(PROMPT_LENGTH, torch.int64, shape, "zeros"))
-        return node
 
     def _position(self) -> Node:
         """int64 [B, S] or [1, S]: tokens that are no padding, counted from 0."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from fxgraft.paged_model import PagedModel, Rows
 from fxgraft.runtime.engine.memory import Added, Holding
 from fxgraft.runtime.engine.request import Request
+from fxgraft.state import is_token_input
 from fxgraft.stepping import neutral
 
 Capture = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
@@ -52,6 +53,12 @@ class Batch:
         ]
         self.inputs = {
             spec.name: neutral(spec, max_batch, device) for spec in model.paged.request_inputs
+        }
+        # No row of an answer is part of an image; what stays as it is need not be made per step.
+        self._constant = {
+            spec.name: neutral(spec, max_batch, device)
+            for spec in model.paged.own_inputs
+            if is_token_input(spec)
         }
         self._per_row = [self.tokens, self.past, self.slots, *self.inputs.values()]
         self.bucket, self._capture = bucket, capture
@@ -166,7 +173,7 @@ class Batch:
             self.slots[:rows],
             [table[:, :rows] for table in self.tables],
             longest,
-            {name: value[:rows] for name, value in self.inputs.items()},
+            {n: value[:rows] for n, value in (*self.inputs.items(), *self._constant.items())},
         )
         return self.model.decode(held, self.chosen[:rows])
 

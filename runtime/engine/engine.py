@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fxgraft.backend import Compiled
 from fxgraft.collectives import random_seed
@@ -20,6 +21,7 @@ from fxgraft.paged_model import PagedModel
 from fxgraft.runtime.engine.batch import Batch
 from fxgraft.runtime.engine.conversion import Conversion, active_ops
 from fxgraft.runtime.engine.failures import as_error, not_finite
+from fxgraft.runtime.engine.image_encoder import ImageEncoder
 from fxgraft.runtime.engine.memory import Holding, StateMemory
 from fxgraft.runtime.engine.options import EngineOptions
 from fxgraft.runtime.engine.pending import Pending, override_sampled
@@ -78,6 +80,7 @@ class Engine:
         )
         self.counters = Counters()
         self.waiting: deque[Request] = deque()
+        self.image_encoder = ImageEncoder(compiled.program)
         self.prefill = Prefill(self.model, self.memory, self.options)
         on_gpu = self.model.device.type == "cuda"
         self._ahead = self.options.lookahead if self.options.lookahead is not None else on_gpu
@@ -93,20 +96,24 @@ class Engine:
         sampling: SamplingOptions,
         *,
         inputs: Mapping[str, float | str] | None = None,
+        images: Mapping[str, Tensor] | None = None,
         on_tokens: OnTokens | None = None,
     ) -> Request:
-        """Add a request; it waits until there is room.
+        """Add a request; it waits until there is room. Its images are encoded at once.
 
         Args:
             prompt: token ids, at least one.
             sampling: how to continue it; ``eos_token_id`` None takes the model's.
             inputs: values of model inputs with one value per row, or their names.
+            images: of a vision-language model, what its processor makes of the prompt's images in
+                order, by name (``pixel_values``); the prompt has a token per feature.
             on_tokens: called in the engine's thread with the request and its new tokens, and with
                 no tokens when it ends otherwise.
 
         Raises:
-            InputError: the prompt is empty, too long or has unknown tokens, or an input does not
-                exist or does not take the value.
+            InputError: the prompt is empty, too long or has unknown tokens, an input does not
+                exist or does not take the value, or the images do not fit model and prompt.
+            Error: encoding the images failed.
         """
         number = next(self._numbers)
         if sampling.eos_token_id is None:
@@ -128,6 +135,7 @@ class Engine:
             if self._vocabulary is None:
                 raise InputError("stop_strings need a tokenizer", "give the engine a tokenizer")
             request.matcher = StopStringMatcher(sampling.stop_strings, self._vocabulary)
+        request.images = self.image_encoder.of_prompt(prompt, images)
         self.waiting.append(request)
         return request
 
@@ -343,6 +351,7 @@ class Engine:
 
     def _count_end(self, request: Request) -> None:
         self._release(request)
+        request.images = None
         if request in self.waiting:
             self.waiting.remove(request)
         if self._conversion is not None:

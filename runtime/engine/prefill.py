@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fxgraft.errors import Error
+from fxgraft.images import EMBEDS
 from fxgraft.paged_model import PagedModel, Rows
 from fxgraft.runtime.engine.batch import request_values, table_of, upload
 from fxgraft.runtime.engine.failures import as_error
@@ -40,7 +41,7 @@ class Prefill:
         assert holding is not None
         reused = 0
         if self.options.prefix_reuse:
-            keys = block_keys(holding.seed, known, self.memory.block_size)
+            keys = block_keys(holding.seed, known, self.memory.block_size, (), request.images)
             reused, snapshot = self.memory.reuse(holding, keys, len(known) - 1)
             if snapshot is not None:
                 self._copy_slot(snapshot, holding.slot)
@@ -89,7 +90,8 @@ class Prefill:
         if not self.options.prefix_reuse or holding is None:
             return
         computed = request.known[: request.past]
-        keys = block_keys(holding.seed, computed, self.memory.block_size, holding.keys)
+        size, images = self.memory.block_size, request.images
+        keys = block_keys(holding.seed, computed, size, holding.keys, images)
         self.memory.keep(holding, keys)
 
     def _chunk(self, request: Request, budget: int) -> int:
@@ -115,7 +117,7 @@ class Prefill:
                 torch.full((1,), holding.slot, dtype=torch.int64, device=device),
                 [upload(table[:, None], device) for table in table_of(holding)],
                 start,
-                self._inputs(request),
+                self._inputs(request, start, end),
             )
         )
         request.past = end
@@ -126,13 +128,17 @@ class Prefill:
         if end == len(request.known):
             self._logits[request] = logits
 
-    def _inputs(self, request: Request) -> dict[str, Tensor]:
+    def _inputs(self, request: Request, start: int, end: int) -> dict[str, Tensor]:
+        """Values of the model's other inputs for tokens ``start`` to ``end``."""
         values = request_values(request)
-        return {
+        inputs = {
             spec.name: neutral(spec, 1, self.model.device).fill_(values[spec.name])
             for spec in self.model.paged.request_inputs
             if spec.name in values
         }
+        if request.images is not None:
+            inputs[EMBEDS] = request.images.embeds(start, end)
+        return inputs
 
     def _snapshot(self, request: Request) -> None:
         """Keep a copy of fixed state at the end of a full block."""

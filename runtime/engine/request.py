@@ -13,6 +13,7 @@ from fxgraft.errors import Error
 from fxgraft.generation.options import SamplingOptions
 from fxgraft.generation.stopping import StopStringMatcher
 from fxgraft.runtime.engine.memory import Holding
+from fxgraft.runtime.engine.prompt_images import PromptImages
 
 Status = Literal["queued", "prefilling", "running", "preempted", "finished"]
 FinishReason = Literal["eos", "stop_string", "length", "cancelled", "error"]
@@ -28,6 +29,7 @@ class Request:
         prompt: token ids.
         sampling: how tokens are chosen and when the request ends.
         inputs: values of model inputs that a request may set, by name.
+        images: of the prompt, until the request ends.
         choices: the op that this request's rows take, by name of the choice input.
         tokens: generated so far.
         status: where it is.
@@ -43,6 +45,7 @@ class Request:
     sampling: SamplingOptions
     inputs: Mapping[str, float] = field(default_factory=dict[str, float])
     on_tokens: OnTokens | None = None
+    images: PromptImages | None = None
     choices: dict[str, int] = field(default_factory=dict[str, int])
     tokens: list[int] = field(default_factory=list[int])
     status: Status = "queued"

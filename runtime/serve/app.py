@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fxgraft.runtime.engine import Engine
 from fxgraft.runtime.serve import status
+from fxgraft.runtime.serve.image_chats import ImageChats
 from fxgraft.runtime.serve.keys import KeyCheck
 from fxgraft.runtime.serve.metrics import Metrics
 from fxgraft.runtime.serve.model import ServedModel
@@ -38,6 +39,7 @@ def create_app(
     model: ServedModel,
     options: ServeOptions | None = None,
     keys: Iterable[str] = (),
+    images: ImageChats | None = None,
 ) -> FastAPI:
     """The server as an ASGI application; ``app.state.service`` is its ``Service``.
 
@@ -47,9 +49,10 @@ def create_app(
         model: what the server says of itself.
         options: limits and timeouts.
         keys: API keys; none lets in everybody.
+        images: what the server knows of images; default that it takes none.
     """
     worker = Worker(engine)
-    service = Service(worker, model, tokenizer, options or ServeOptions())
+    service = Service(worker, model, tokenizer, options or ServeOptions(), images)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fxgraft.generation import SamplingOptions, Vocabulary
 from fxgraft.runtime.serve.answers import FinishReason, Usage
+from fxgraft.runtime.serve.image_chats import Prompt
 from fxgraft.runtime.serve.refusals import of_error, refusal
 from fxgraft.runtime.serve.text import AnswerText
 from fxgraft.runtime.serve.worker import Inbox, Tokens, TokenStream, Worker
@@ -48,7 +49,7 @@ class Job:
 
     def submit(
         self,
-        prompt: Sequence[int],
+        prompt: Prompt,
         sampling: SamplingOptions,
         inputs: Mapping[str, float | str] | None,
     ) -> None:

@@ -30,6 +30,12 @@ class ServeOptions(EngineOptions):
     """Most new tokens of one answer."""
     max_body_bytes: int = Field(default=4 * 2**20, ge=1)
     """Most bytes of a request's body."""
+    max_images: int = Field(default=8, ge=0)
+    """Most images in one request, where the model takes any."""
+    max_image_bytes: int = Field(default=8 * 2**20, ge=1)
+    """Most bytes of one image, as it is sent."""
+    max_image_pixels: int = Field(default=2**24, ge=1)
+    """Most pixels of one image, as it is sent."""
     request_timeout: float = Field(default=600.0, gt=0)
     """Seconds after which a request is ended."""
     grace_period: float = Field(default=30.0, ge=0)

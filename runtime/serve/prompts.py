@@ -10,6 +10,8 @@ from typing import Any, TypeVar, cast
 
 from jinja2 import TemplateError
 
+from fxgraft.runtime.serve.image_chats import ImageChats, Prompt
+from fxgraft.runtime.serve.options import ServeOptions
 from fxgraft.runtime.serve.refusals import refusal, wrong_field
 from fxgraft.runtime.serve.schema import ChatRequest, CompletionRequest, Message
 
@@ -17,15 +19,18 @@ Result = TypeVar("Result")
 
 
 class Prompts:
-    """Tokenizes in a thread of its own, so that a long prompt holds nobody up.
+    """Tokenizes and decodes images in a thread of its own, so that neither holds anybody up.
 
     Args:
         tokenizer: of transformers; a copy of it is used, because tokenizers may not be used by
             two threads at once.
+        images: what the server knows of images.
+        options: limits.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, images: ImageChats, options: ServeOptions) -> None:
         self._tokenizer = copy.deepcopy(tokenizer)
+        self._images, self._options = images, options
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
 
     async def of_completion(self, request: CompletionRequest) -> list[list[int]]:
@@ -42,19 +47,27 @@ class Prompts:
             raise wrong_field("prompt", "is an empty list: give at least one prompt")
         return prompts
 
-    async def of_chat(self, request: ChatRequest) -> list[int]:
-        """Token ids of a chat through the tokenizer's template.
+    async def of_chat(self, request: ChatRequest) -> Prompt:
+        """A chat through the tokenizer's template, or the processor's where the model has one.
 
         Raises:
-            HTTPException: there is no template, or it refuses these messages.
+            HTTPException: there is no template, it refuses these messages, or an image is refused.
         """
-        if not self._tokenizer.chat_template:
+        has_images = self._images.check(request.messages, self._options)
+        if not (self._tokenizer.chat_template or self._images.has_template):
             raise refusal(
                 400,
                 "this model's tokenizer has no chat template: use /v1/completions",
                 code="no_chat_template",
             )
-        return await self._call(self._chat, request.messages)
+        by_processor = has_images or self._images.has_template
+        work = self._chat_with_images if by_processor else self._chat
+        try:
+            return await self._call(work, request.messages)
+        except (TemplateError, TypeError, ValueError, LookupError) as error:
+            raise wrong_field(
+                "messages", f"do not fit the model's chat template: {error}"
+            ) from error
 
     async def text_of(self, tokens: Sequence[int]) -> str:
         """A prompt of token ids as text.
@@ -84,23 +97,14 @@ class Prompts:
     def _encode(self, text: str) -> list[int]:
         return cast("list[int]", self._tokenizer(text)["input_ids"])
 
-    def _chat(self, messages: Sequence[Message]) -> list[int]:
-        try:
-            encoded = self._tokenizer.apply_chat_template(
-                [_plain(message) for message in messages],
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-            )
-        except (TemplateError, TypeError, ValueError, LookupError) as error:
-            raise wrong_field(
-                "messages", f"do not fit the model's chat template: {error}"
-            ) from error
-        return cast("list[int]", encoded["input_ids"])
+    def _chat(self, messages: Sequence[Message]) -> Prompt:
+        encoded = self._tokenizer.apply_chat_template(
+            [{**message.head, "content": message.text} for message in messages],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+        )
+        return Prompt(cast("list[int]", encoded["input_ids"]))
 
-
-def _plain(message: Message) -> dict[str, str]:
-    # Templates of open models know no developer; it is what OpenAI calls the system since.
-    role = "system" if message.role == "developer" else message.role
-    names = {} if message.name is None else {"name": message.name}
-    return {"role": role, "content": message.text, **names}
+    def _chat_with_images(self, messages: Sequence[Message]) -> Prompt:
+        return self._images.prompt(messages, self._options, self._tokenizer.chat_template)

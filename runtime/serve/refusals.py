@@ -86,7 +86,8 @@ def of_validation(error: ValidationError, fields: Iterable[str]) -> HTTPExceptio
 
 def _split(loc: tuple[int | str, ...]) -> tuple[str, str]:
     """The client's part of a place, and the type out of several that was tried there."""
-    parts = [str(part) for part in loc]
+    # In angle brackets are names of ours for forms that a field may have.
+    parts = [str(part) for part in loc if not str(part).startswith("<")]
     depth = next((i for i, part in enumerate(parts) if "[" in part or part in _TYPES), len(parts))
     return ".".join(parts[:depth]), parts[depth] if depth < len(parts) else ""
 

@@ -7,9 +7,17 @@ as OpenAI refuses them.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    field_validator,
+)
 
 _UNSUPPORTED = "is not supported by this server"
 StopText = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
@@ -115,23 +123,82 @@ class TextPart(BaseModel):
     text: str
 
 
+class ImageAddress(BaseModel):
+    """Where an image is: it is sent in the address itself."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    url: str
+    detail: Literal["auto"] | None = None
+
+
+class ImagePart(BaseModel):
+    """An image in a message's content."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: Literal["image_url"]
+    image_url: ImageAddress
+
+
+def _content_kind(value: object) -> str | None:
+    if isinstance(value, str):
+        return "<text>"
+    return "<parts>" if isinstance(value, list) else None
+
+
+def _part_kind(value: object) -> str | None:
+    kind = cast("dict[str, object]", value).get("type") if isinstance(value, dict) else None
+    return f"<{kind}>" if isinstance(kind, str) else None
+
+
+Part = Annotated[
+    Annotated[TextPart, Tag("<text>")] | Annotated[ImagePart, Tag("<image_url>")],
+    Discriminator(
+        _part_kind,
+        custom_error_type="part",
+        custom_error_message="should be an object whose type is 'text' or 'image_url'",
+    ),
+]
+Content = Annotated[
+    Annotated[str, Tag("<text>")] | Annotated[list[Part], Tag("<parts>")],
+    Discriminator(
+        _content_kind,
+        custom_error_type="content",
+        custom_error_message="should be a text or a list of parts",
+    ),
+]
+
+
 class Message(BaseModel):
     """One message of a chat."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: Content | None = None
     name: str | None = None
     tool_call_id: str | None = None
     refusal: None = None
 
     @property
-    def text(self) -> str:
-        """The content as one text."""
+    def parts(self) -> list[TextPart | ImagePart]:
+        """The content in parts."""
         if isinstance(self.content, list):
-            return "".join(part.text for part in self.content)
-        return self.content or ""
+            return self.content
+        return [TextPart(type="text", text=self.content)] if self.content else []
+
+    @property
+    def text(self) -> str:
+        """The content as one text, without images."""
+        return "".join(part.text for part in self.parts if isinstance(part, TextPart))
+
+    @property
+    def head(self) -> dict[str, str]:
+        """Role and name, as chat templates know them."""
+        # Templates of open models know no developer; it is what OpenAI calls the system since.
+        role = "system" if self.role == "developer" else self.role
+        return {"role": role, **({} if self.name is None else {"name": self.name})}
 
 
 class ResponseFormat(BaseModel):

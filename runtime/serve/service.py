@@ -18,6 +18,7 @@ from fxgraft.generation import Vocabulary
 from fxgraft.runtime.serve import answers
 from fxgraft.runtime.serve.answers import Answer, ChatFormat, CompletionFormat, Format
 from fxgraft.runtime.serve.connection import EventStream, unless_disconnected
+from fxgraft.runtime.serve.image_chats import NO_IMAGES, ImageChats, Prompt
 from fxgraft.runtime.serve.job import Job
 from fxgraft.runtime.serve.metrics import Metrics, Throughput
 from fxgraft.runtime.serve.model import ServedModel
@@ -62,6 +63,7 @@ class Service:
         model: what is served.
         tokenizer: of transformers.
         options: limits and timeouts.
+        images: what the server knows of images; default that it takes none.
 
     Attributes:
         draining: whether no more requests are taken.
@@ -69,10 +71,15 @@ class Service:
     """
 
     def __init__(
-        self, worker: Worker, model: ServedModel, tokenizer: Any, options: ServeOptions
+        self,
+        worker: Worker,
+        model: ServedModel,
+        tokenizer: Any,
+        options: ServeOptions,
+        images: ImageChats | None = None,
     ) -> None:
         self.worker, self.model, self.options = worker, model, options
-        self.prompts = Prompts(tokenizer)
+        self.prompts = Prompts(tokenizer, images or NO_IMAGES, options)
         self.metrics = Metrics(lambda: worker.stats)
         self.throughput = Throughput()
         self.draining = False
@@ -104,7 +111,9 @@ class Service:
             prompts = await self.prompts.of_completion(body)
             prefixes = await self._echo(body, prompts)
             form = CompletionFormat(self.model.name)
-            exchange = self._start(body, prompts, form, prefixes, deadline)
+            exchange = self._start(
+                body, [Prompt(tokens) for tokens in prompts], form, prefixes, deadline
+            )
         return await self._answer(http, exchange)
 
     async def chat(self, http: Request, body: ChatRequest) -> Response:
@@ -177,7 +186,7 @@ class Service:
     def _start(
         self,
         body: Generation,
-        prompts: list[list[int]],
+        prompts: list[Prompt],
         form: Format,
         prefixes: list[str],
         deadline: float,
@@ -193,28 +202,28 @@ class Service:
             raise refusal(400, f"{count} answers at once are over this server's limit of "
                                f"{self.options.capacity}", param="n")  # fmt: skip
         try:
-            sampling = [sampling_of(body, self._limit(body, tokens)) for tokens in prompts]
+            sampling = [sampling_of(body, self._limit(body, prompt)) for prompt in prompts]
         except Error as error:
             raise of_error(error) from error
         self._check_room(count)
         job = Job(self.worker, self._vocabulary, time.monotonic())
-        for tokens, options in zip(prompts, sampling, strict=True):
+        for prompt, options in zip(prompts, sampling, strict=True):
             for choice in range(copies):
-                job.submit(tokens, of_choice(options, choice), body.inputs)
+                job.submit(prompt, of_choice(options, choice), body.inputs)
         every = [prefix for prefix in prefixes for _ in range(copies)]
         return _Exchange(body, job, form, every, len(prompts), deadline)
 
-    def _limit(self, body: Generation, prompt: list[int]) -> int:
+    def _limit(self, body: Generation, prompt: Prompt) -> int:
         """Most new tokens of a prompt's answer."""
         most, context = self.options.max_tokens, self.model.context_length
         if body.limit is not None and body.limit > most:
             raise wrong_field("max_tokens", f"is {body.limit}, this server's limit is {most}")
-        room = most if context is None else context - len(prompt)
+        room = most if context is None else context - len(prompt.tokens)
         if room < (body.limit or 1):
             raise wrong_field(
                 "max_tokens" if room > 0 else "prompt" if isinstance(body, CompletionRequest)
                 else "messages",
-                f"does not fit: the prompt has {len(prompt)} tokens, and the context holds "
+                f"does not fit: the prompt has {len(prompt.tokens)} tokens, and the context holds "
                 f"{context} with the answer",
                 code="context_length_exceeded",
             )  # fmt: skip

@@ -10,9 +10,11 @@ from fastapi import FastAPI
 
 from fxgraft.backend import Compiled, find_backend
 from fxgraft.errors import InputError
+from fxgraft.images import language_model
 from fxgraft.runtime.dsla_serve import DslaServe
 from fxgraft.runtime.engine import Engine, LayerPolicy
 from fxgraft.runtime.serve.app import create_app
+from fxgraft.runtime.serve.image_chats import ImageChats
 from fxgraft.runtime.serve.model import ServedModel, layer_facts
 from fxgraft.runtime.serve.options import ServeOptions
 from fxgraft.stepping import ProgramFacts
@@ -36,6 +38,7 @@ def app_of(
     options: ServeOptions | None = None,
     keys: Iterable[str] = (),
     policy: LayerPolicy | None = None,
+    processor: Any = None,
 ) -> FastAPI:
     """A server over a compiled causal language model.
 
@@ -46,6 +49,8 @@ def app_of(
         options: limits, timeouts, and those of the engine.
         keys: API keys; none lets in everybody.
         policy: changes ops of running requests; default what the options' ``dsla`` says.
+        processor: of transformers, turns images into the model's inputs; default the one that
+            belongs to the model's source. A model that takes images and has none refuses them.
 
     Raises:
         LoweringError: the backend cannot run paged graphs.
@@ -60,7 +65,7 @@ def app_of(
     policy = policy or _policy(compiled, chosen)
     engine = Engine(compiled, chosen.engine, tokenizer=tokenizer, policy=policy)
     engine.warm_up()
-    layers, op_layers = layer_facts(compiled.program)
+    layers, op_layers = layer_facts(language_model(compiled.program))
     model = ServedModel(
         chosen.served_name or name,
         source=str(compiled.program.origin.get("source") or ""),
@@ -70,7 +75,8 @@ def app_of(
         layers=layers,
         op_layers=op_layers,
     )
-    return create_app(engine, tokenizer, model, chosen, keys)
+    images = ImageChats.of_program(compiled.program, processor)
+    return create_app(engine, tokenizer, model, chosen, keys, images)
 
 
 def _policy(compiled: Compiled, options: ServeOptions) -> LayerPolicy | None:

@@ -18,6 +18,7 @@ from typing import Any
 from fxgraft.errors import Error
 from fxgraft.generation import SamplingOptions
 from fxgraft.runtime.engine import Engine, EngineStats, Request
+from fxgraft.runtime.serve.image_chats import Prompt
 
 _log = logging.getLogger(__name__)
 _MAX_CRASHES = 3
@@ -133,7 +134,7 @@ class Worker:
 
     def submit(
         self,
-        prompt: Sequence[int],
+        prompt: Prompt,
         sampling: SamplingOptions,
         inputs: Mapping[str, float | str] | None,
         inbox: Inbox,
@@ -145,13 +146,13 @@ class Worker:
         where it does not run any more.
 
         Args:
-            prompt: token ids.
+            prompt: token ids and images.
             sampling: options, ``max_new_tokens`` among them.
             inputs: values of the model's inputs for this request.
             inbox: where the tokens go.
             arrived: when the client's request came.
         """
-        stream = TokenStream(inbox, len(prompt), sampling.max_new_tokens, arrived)
+        stream = TokenStream(inbox, len(prompt.tokens), sampling.max_new_tokens, arrived)
         self._open.add(stream)
         self._calls.put(lambda: self._submit(stream, prompt, sampling, inputs))
         return stream
@@ -196,7 +197,7 @@ class Worker:
     def _submit(
         self,
         stream: TokenStream,
-        prompt: Sequence[int],
+        prompt: Prompt,
         sampling: SamplingOptions,
         inputs: Mapping[str, float | str] | None,
     ) -> None:
@@ -207,7 +208,9 @@ class Worker:
         try:
             if self.problem is not None:
                 raise Error(self.problem, "restart the server")
-            request = self._engine.submit(prompt, sampling, inputs=inputs, on_tokens=on_tokens)
+            request = self._engine.submit(
+                prompt.tokens, sampling, inputs=inputs, images=prompt.images, on_tokens=on_tokens
+            )
         except Exception as error:
             self._send(self._refuse, stream, error)
             return

@@ -115,18 +115,13 @@ def read(folder: Path, kind: str) -> Artifact:
             f"{folder} is an artifact for pass {raw['kind']!r}, not for {kind!r}",
             f"make one with: fxgraft calibrate {kind}",
         )
-    _check_files(found, cast("dict[str, object]", raw["files"]))
+    tensors = found / TENSORS
+    if not tensors.is_file() or _hash_file(tensors) != raw["files"].get(TENSORS):
+        raise SerializationError(
+            f"{tensors} is missing or damaged: it is not what {FILE} describes",
+            "calibrate again, or restore the folder",
+        )
     return Artifact(found, kind, raw["settings"], raw["model"], raw["results"])
-
-
-def _check_files(folder: Path, files: Mapping[str, object]) -> None:
-    for name in (TENSORS,):
-        path = folder / name
-        if not path.is_file() or _hash_file(path) != files.get(name):
-            raise SerializationError(
-                f"{path} is missing or damaged: it is not what {FILE} describes",
-                "calibrate again, or restore the folder",
-            )
 
 
 def identify(program: Program) -> dict[str, Any]:

@@ -57,17 +57,19 @@ def parts_of(program: Program) -> list[Part]:
     cuts = [
         (tuple(nodes[start:end]), layer) for (start, layer), end in zip(starts, ends, strict=True)
     ]
-    return [_part(index, cuts) for index in range(len(cuts)) if cuts[index][0]]
+    # The last part is what follows the blocks, if only the outputs.
+    kept = [index for index, cut in enumerate(cuts) if cut[0] or index == len(cuts) - 1]
+    return [_part(program, index, cuts) for index in kept]
 
 
-def _part(index: int, cuts: list[tuple[tuple[Node, ...], Layer | None]]) -> Part:
+def _part(program: Program, index: int, cuts: list[tuple[tuple[Node, ...], Layer | None]]) -> Part:
     nodes, layer = cuts[index]
     inside = set(nodes)
     sources = (source for node in nodes for source in node.all_input_nodes)
     reads = tuple(dict.fromkeys(s for s in sources if s not in inside and s.op != "get_attr"))
     later = {node for following, _ in cuts[index + 1 :] for node in following}
     seen = (node for earlier, _ in cuts[: index + 1] for node in earlier)
-    placeholders = nodes[0].graph.find_nodes(op="placeholder")
+    placeholders = program.graph.find_nodes(op="placeholder")
     crossing = frozenset(
         node
         for node in (*placeholders, *seen)

@@ -91,9 +91,8 @@ def with_images(
         )
     if values is None:
         _note_no_image(program)
-        width = merge.features.meta["val"].shape[-1]
         dtype = merge.features.meta["val"].dtype
-        features = torch.zeros(0, int(width), dtype=dtype, device=program.device)
+        features = torch.zeros(0, merge.width, dtype=dtype, device=program.device)
     else:
         features = images.encode(encoder(), {n: v.to(program.device) for n, v in values.items()})
     return ImageStepModel(model, features, merge.tokens)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -67,6 +67,13 @@ def _check(spec: Input, value: torch.Tensor, sizes: dict[str, int]) -> None:
                 f"input {spec.name!r} has shape {tuple(value.shape)}",
                 f"give it as [{wanted}]{detail}",
             )
+    wanted_value = spec.fixed_value() if spec.fixed else None
+    if wanted_value is not None and not torch.equal(_cast(spec, value.cpu()), wanted_value):
+        found, captured = (cast(Any, one).tolist() for one in (value, wanted_value))
+        raise InputError(
+            f"input {spec.name!r} is {found}, the model was captured for {captured}",
+            "give images of these sizes, or capture the model with an example of the others",
+        )
 
 
 def _check_range(program: Program, name: str, size: int) -> None:
@@ -84,6 +91,8 @@ def _cast(spec: Input, value: torch.Tensor) -> torch.Tensor:
 
 
 def _default(program: Program, spec: Input, sizes: Mapping[str, int]) -> torch.Tensor:
+    if spec.fixed:
+        return spec.fixed_value(program.device)
     if spec.default == "required" or any(isinstance(s, str) and s not in sizes for s in spec.shape):
         wanted = " x ".join(str(size) for size in spec.shape)
         raise InputError(f"input {spec.name!r} is missing", f"give it as a tensor [{wanted}]")
@@ -112,6 +121,8 @@ def example(program: Program, seed: int, sizes: Mapping[str, int]) -> dict[str, 
 def _random(
     program: Program, spec: Input, sizes: Mapping[str, int], generator: torch.Generator
 ) -> torch.Tensor:
+    if spec.fixed:
+        return spec.fixed_value()
     shape = [_size(program, size, sizes) for size in spec.shape]
     if spec.default == "positions":
         return torch.arange(shape[-1], dtype=spec.dtype).expand(shape)

@@ -23,7 +23,10 @@ from fxgraft.program import Program
 from fxgraft.settings import Settings
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how many parts of it are done, and how many there are."""
+"""Called with what is being done, how many parts of it are done, and how many there are.
+
+What follows ", " in the first, such as a loss, may differ from call to call.
+"""
 
 _KEY = "calibration.json"
 
@@ -94,17 +97,36 @@ class Workspace:
             name: of the part, a file name without suffix.
             compute: makes the tensors.
         """
+        found = self.find(name)
+        if found is None:
+            found = compute()
+            self.keep(name, found)
+        return found
+
+    def find(self, name: str) -> dict[str, Tensor] | None:
+        """The tensors that were kept under a name, by an earlier run too; None if there are none.
+
+        Args:
+            name: as in ``part``.
+        """
+        path = None if self.folder is None else self.folder / f"{name}.safetensors"
+        if path is None or not path.is_file():
+            return None
+        self.resumed += 1
+        return artifact.read_tensors(path)
+
+    def keep(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep tensors under a name, in place of those kept before, in one step.
+
+        Args:
+            name: as in ``part``.
+            tensors: by name.
+        """
         if self.folder is None:
-            return compute()
-        path = self.folder / f"{name}.safetensors"
-        if path.is_file():
-            self.resumed += 1
-            return artifact.read_tensors(path)
-        tensors = compute()
-        unfinished = path.with_suffix(".unfinished")
+            return
+        unfinished = self.folder / f"{name}.unfinished"
         artifact.write_tensors(unfinished, tensors)
-        os.replace(unfinished, path)  # noqa: PTH105  (Path.replace is the same call)
-        return tensors
+        os.replace(unfinished, self.folder / f"{name}.safetensors")  # noqa: PTH105  (Path.replace is the same call)
 
     def close(self) -> None:
         """Remove the parts."""

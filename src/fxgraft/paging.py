@@ -12,6 +12,9 @@ It changes the pools in place and returns ``logits`` [batch, 1, vocabulary] alon
 driven by ``OpSpec``: an op with a form of its own on pools is replaced by it; for any other op,
 growing state is read as a dense tensor and fixed state copied out and in.
 
+Rows hold no padding, so nothing asks which of the new tokens are real. Ops that keep one and the
+same growing state share it.
+
 Where a row may choose between ops (``fxgraft::choose_rows``), those that it does not choose see
 it as a row without a request.
 """
@@ -29,16 +32,13 @@ from torch.fx import Graph, Node
 from fxgraft import graph as graphs
 from fxgraft.errors import StateError
 from fxgraft.kernels.spec import InPlace, OpSpec, State, argument, set_argument, spec_of
+from fxgraft.padding import forget_new, mask_nodes
 from fxgraft.program import Input, Program, Range
 from fxgraft.state import StateTensor, StepProgram, is_request_input
 from fxgraft.symbolic import fake_inputs
 
 aten = torch.ops.aten
 fx = torch.ops.fxgraft
-_MASK_OPS = frozenset({
-    aten.to.dtype, aten.to.device, aten._to_copy.default, aten.to.dtype_layout, aten.ne.Scalar,
-    aten.slice.Tensor, aten.alias.default, aten.bitwise_and.Tensor, aten.contiguous.default,
-})  # fmt: skip
 _OWN = ("input_ids", "attention_mask", "position_ids")
 
 
@@ -78,7 +78,8 @@ class BlockGroup:
     """Ops whose growing states share blocks: one shape, one bound.
 
     Attributes:
-        layers: numbers of the ops, counted over all that own state; the order of the table.
+        layers: numbers of the ops, counted over all that own state; the order of the table. Of
+            ops that share blocks, the first.
         limit: most past entries that are still needed, None for all.
         pools: one per growing state of such an op.
     """
@@ -143,6 +144,7 @@ class _Paging:
     inputs: list[Input] = field(default_factory=list[Input])
     groups: list[BlockGroup] = field(default_factory=list[BlockGroup])
     slot_pools: list[Pool] = field(default_factory=list[Pool])
+    hosts: dict[int, int] = field(default_factory=dict[int, int])
     nodes: dict[str, Node] = field(default_factory=dict[str, Node])
     ends: list[tuple[Node, Node, Node]] = field(default_factory=list[tuple[Node, Node, Node]])
 
@@ -172,31 +174,16 @@ def page_state(step: StepProgram, *, block_size: int = 16) -> PagedProgram:
     if not step.states:
         raise StateError("the model keeps no state between steps", "serve a causal language model")
     program = step.program.copy()
-    work = _Paging(step, program, block_size, _mask_nodes(program))
+    work = _Paging(step, program, block_size, mask_nodes(program))
     stateful = [(n, s) for n in program.graph.nodes if (s := spec_of(n)) and s.states]
+    forget_new(program, work.masks)
+    branches = _branches(stateful)
+    work.hosts = _hosts(work, stateful, branches)
     _add_mask_input(work)
     _add_inputs(work, stateful)
-    branches = _branches(stateful)
     for number, (node, spec) in enumerate(stateful):
         _page_op(work, number, node, spec, branches.get(node))
     return _finish(work, stateful, branches)
-
-
-def _mask_nodes(program: Program) -> set[Node]:
-    """Nodes that say no more than which past tokens are real."""
-    found: set[Node] = set()
-    for node in program.graph.nodes:
-        if node.op == "placeholder" and node.name == "attention_mask":
-            found.add(node)
-        elif node.target in _MASK_OPS:
-            tensors = [
-                source
-                for source in node.all_input_nodes
-                if isinstance(source.meta.get("val"), torch.Tensor)
-            ]
-            if tensors and all(source in found for source in tensors):
-                found.add(node)
-    return found
 
 
 def _add_mask_input(work: _Paging) -> None:
@@ -244,39 +231,88 @@ def _add_inputs(work: _Paging, stateful: Sequence[tuple[Node, OpSpec]]) -> None:
 def _plan(
     work: _Paging, stateful: Sequence[tuple[Node, OpSpec]]
 ) -> tuple[list[BlockGroup], list[Pool]]:
-    alike: dict[Any, list[int]] = {}
     slots: list[Pool] = []
+    held: dict[int, dict[str, list[int]]] = {}
     for number, (_, spec) in enumerate(stateful):
         states = work.states_of(number)
-        grows = [(s.name, states[s.name]) for s in spec.states if s.kind == "grows"]
-        if grows:
-            key = tuple(
-                (name, s.dtype, _block_shape(work, s), s.grows, s.limit) for name, s in grows
-            )
-            alike.setdefault(key, []).append(number)
         for state in spec.states:
-            if state.kind == "fixed":
+            if state.kind == "grows":
+                names = held.setdefault(work.hosts[number], {})
+                names.setdefault(state.name, []).append(number)
+            else:
                 kept = states[state.name]
                 name = f"slots_{kept.name.replace('.', '_')}"
                 slots.append(Pool(name, kept.dtype, _sizes(kept.shape[1:]), (kept.name,)))
+    alike: dict[Any, list[int]] = {}
+    for host, names in held.items():
+        kinds = tuple(_kind_of(work, host, name, numbers) for name, numbers in names.items())
+        alike.setdefault(kinds, []).append(host)
     groups = [
-        BlockGroup(
-            tuple(numbers),
-            key[0][4],
-            tuple(
-                Pool(
-                    f"blocks_{index}_{name}",
-                    dtype,
-                    shape,
-                    tuple(f"{number}.{name}" for number in numbers),
-                    grows or 0,
-                )
-                for name, dtype, shape, grows, _ in key
-            ),
-        )
-        for index, (key, numbers) in enumerate(alike.items())
+        BlockGroup(tuple(hosts), kinds[0].limit, tuple(k.pool(index, hosts) for k in kinds))
+        for index, (kinds, hosts) in enumerate(alike.items())
     ]
     return groups, slots
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """Growing states that may lie in one pool.
+
+    Attributes:
+        offsets: the ops that have the state, counted from the one whose blocks it lies in.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    dim: int
+    limit: int | None
+    offsets: tuple[int, ...]
+
+    def pool(self, index: int, hosts: Sequence[int]) -> Pool:
+        """Their pool in the group number ``index``."""
+        states = tuple(f"{h + offset}.{self.name}" for h in hosts for offset in self.offsets)
+        return Pool(f"blocks_{index}_{self.name}", self.dtype, self.shape, states, self.dim)
+
+
+def _kind_of(work: _Paging, host: int, name: str, numbers: Sequence[int]) -> _Kind:
+    state = work.states_of(numbers[0])[name]
+    offsets = tuple(number - host for number in numbers)
+    shape = _block_shape(work, state)
+    return _Kind(name, state.dtype, shape, state.grows or 0, state.limit, offsets)
+
+
+def _hosts(
+    work: _Paging, stateful: Sequence[tuple[Node, OpSpec]], branches: Collection[Node]
+) -> dict[int, int]:
+    """For each op the one in whose blocks its growing states lie: itself, or an earlier one.
+
+    Ops that keep one and the same tensor share blocks, unless rows choose between ops.
+    """
+    found: dict[int, int] = {}
+    held: dict[int, dict[str, tuple[Node, int | None]]] = {}
+    for number, (node, spec) in enumerate(stateful):
+        states = work.states_of(number)
+        mine = {
+            state.name: (_new_part(node, state), states[state.name].limit)
+            for state in spec.states
+            if state.kind == "grows"
+        }
+        others = () if node in branches else reversed(held)
+        host = next((other for other in others if _share(held[other], mine)), number)
+        found[number] = host
+        if node not in branches:
+            held.setdefault(host, {}).update(mine)
+    return found
+
+
+def _share(
+    one: dict[str, tuple[Node, int | None]], other: dict[str, tuple[Node, int | None]]
+) -> bool:
+    """Whether some state is the same in both, and none of that name another one."""
+    both = one.keys() & other.keys()
+    limits = {limit for _, limit in (*one.values(), *other.values())}
+    return bool(both) and len(limits) == 1 and all(one[name] == other[name] for name in both)
 
 
 def _block_shape(work: _Paging, state: StateTensor) -> tuple[int, ...]:
@@ -364,8 +400,8 @@ def _rows_of(work: _Paging, node: Node, branch: tuple[Node, int] | None) -> tupl
 
 def _table_of(work: _Paging, number: int, node: Node) -> Node | None:
     for index, group in enumerate(work.groups):
-        if number in group.layers:
-            place = group.layers.index(number)
+        if work.hosts[number] in group.layers:
+            place = group.layers.index(work.hosts[number])
             return graphs.place(node, aten.select.int, (work.nodes[f"table_{index}"], 0, place))
     return None
 

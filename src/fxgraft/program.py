@@ -37,6 +37,8 @@ class Input:
         default: what stands in when the caller leaves the input out.
         high: exclusive upper bound of random integers that are valid here (0: not an index).
         names: what the integers 0, 1, ... stand for, where a caller may say it by name.
+        fixed: the only value that the graph computes with, flattened: sizes that the model reads
+            as Python numbers. Empty for inputs that may hold anything.
     """
 
     name: str
@@ -45,6 +47,12 @@ class Input:
     default: Default = "required"
     high: int = 0
     names: tuple[str, ...] = ()
+    fixed: tuple[int, ...] = ()
+
+    def fixed_value(self, device: torch.device | str = "cpu") -> torch.Tensor:
+        """``fixed`` as a tensor of the input's shape."""
+        sizes = [size for size in self.shape if isinstance(size, int)]
+        return torch.tensor(self.fixed, dtype=self.dtype, device=device).reshape(sizes)
 
 
 @dataclass(frozen=True)

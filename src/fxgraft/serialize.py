@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -159,21 +160,28 @@ def _encode_input(spec: Input) -> dict[str, Any]:
         "default": spec.default,
         "high": spec.high,
         **({"names": list(spec.names)} if spec.names else {}),
+        **({"fixed": list(spec.fixed)} if spec.fixed else {}),
     }
 
 
 def _decode_input(record: object, index: int) -> Input:
     where = f"input {index}"
     kinds = {"name": str, "dtype": str, "shape": list, "default": str, "high": int}
-    raw = fields(record, where, kinds, {"names": list})
+    raw = fields(record, where, kinds, {"names": list, "fixed": list})
     if raw["default"] not in get_args(Default):
         raise SerializationError(
             f"{where} has the default {raw['default']!r}", "restore program.json"
         )
     shape = tuple(typed(size, f"a size of {where}", (int, str)) for size in raw["shape"])
     names = tuple(typed(name, f"a name of {where}", str) for name in raw.get("names", []))
+    fixed = tuple(typed(value, f"a fixed value of {where}", int) for value in raw.get("fixed", []))
+    sizes = [size for size in shape if isinstance(size, int)]
+    if fixed and (len(sizes) < len(shape) or len(fixed) != math.prod(sizes)):
+        raise SerializationError(
+            f"{where} of shape {list(shape)} has {len(fixed)} fixed values", "restore program.json"
+        )
     dtype = dtype_of(raw["dtype"], where)
-    return Input(raw["name"], dtype, shape, raw["default"], raw["high"], names)
+    return Input(raw["name"], dtype, shape, raw["default"], raw["high"], names, fixed)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -69,7 +69,8 @@ class WeightProduct:
         if packed is not None:
             parts = (cast(Node, argument(self.node, name)) for name in packed.arguments)
             with torch.no_grad():
-                return packed.unpack(self.node, [_compute(part, program) for part in parts])[None]
+                dense = packed.unpack(self.node, [_compute(part, program) for part in parts])
+                return dense.reshape(-1, self.outputs, self.reduction)
         value = _compute(self.operand, program)
         value = value.transpose(-1, -2) if self.is_transposed else value
         return value.reshape(-1, self.outputs, self.reduction)
@@ -122,9 +123,10 @@ def _add_packed(
         return
     outputs, inner = (int(cast(Any, size)) for size in packed.shape(node))
     rows = math.prod(dims(x), start=expr(1)) / inner
+    experts = packed.experts(node)
     found[node] = WeightProduct(
-        node, weight, constants[weight], 1, outputs, inner, rows,
-        is_transposed=False, is_grouped=False, pattern=packed.pattern(node),
+        node, weight, constants[weight], experts or 1, outputs, inner, rows,
+        is_transposed=False, is_grouped=experts is not None, pattern=packed.pattern(node),
     )  # fmt: skip
 
 

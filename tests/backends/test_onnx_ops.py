@@ -315,7 +315,10 @@ def test_every_op_is_tested_here() -> None:
     named |= {"attention_mass", "head_gate", "logit_sum"}
     named |= {"attention", "causal_mask", "gated_activation", "rms_norm", "rotary", "steer"}
     # Graphs of the engine are never exported.
-    paged = {"append_pages", "read_slots", "write_slots", "choose_rows", "paged_attention"}
+    paged = {
+        "append_pages", "read_slots", "write_slots", "choose_rows", "paged_attention",
+        "paged_attention_mass",
+    }  # fmt: skip
     paged |= {"linear_attention_slots", "fused_linear"}
     # Need a whole model, and have one in test_nm_linear.py and test_seal_onnx.py.
     elsewhere = {"nm_linear", "token_automaton"}

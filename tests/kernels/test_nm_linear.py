@@ -126,6 +126,90 @@ def test_parts_in_their_order(activation: str | None) -> None:
         torch.testing.assert_close(found, y + residual)
 
 
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_the_norm_comes_first(offset: float) -> None:
+    x, values, indices = arguments()
+    gain = randn(24, seed=7)
+    h = x * (x.square().mean(-1, keepdim=True) + 1e-2).rsqrt()
+    dense = unpack(values, indices, 2, 4)
+    options: dict[str, Any] = {"n": 2, "m": 4, "eps": 1e-2, "norm_offset": offset}
+    for function in (nm_linear, reference.nm_linear):
+        found = function(x, values, indices, None, None, gain, **options)
+        torch.testing.assert_close(found, (h * (gain + offset)) @ dense.T)
+        torch.testing.assert_close(function(x, values, indices, **options), h @ dense.T)
+
+
+def stack(
+    ends: list[int], n: int = 2, m: int = 4, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, list[Any]]:
+    """Dense weights [E, 6, 24] with zeros; x, values, indices and ends."""
+    count = len(ends)
+    mask = mask_of(count * 6, 24, n, m).view(count, 6, 24)
+    weight = torch.where(mask, randn(count, 6, 24, seed=1).to(dtype), 0)
+    return weight, [randn(7, 24, dtype=dtype), *pack(weight, mask, n, m), torch.tensor(ends)]
+
+
+def with_ends(function: Any, given: list[Any], *parts: Tensor | None, **options: Any) -> Tensor:
+    places = (*parts, None, None, None)[:3]
+    return function(*given[:3], *places, given[3], **({"n": 2, "m": 4} | options))
+
+
+@pytest.mark.parametrize("ends", [[2, 2, 5, 7], [0, 0, 0, 7], [7], [3, 5]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_every_row_meets_the_weight_of_its_expert(ends: list[int], dtype: torch.dtype) -> None:
+    weight, given = stack(ends, dtype=dtype)
+    assert torch.equal(unpack(given[1], given[2], 2, 4), weight)
+    assert given[1].shape[0] == given[2].shape[0] == len(ends)
+    x, expected, first = given[0], torch.zeros(7, 6, dtype=dtype), 0
+    for matrix, end in zip(weight, ends, strict=True):
+        expected[first:end] = x[first:end] @ matrix.T
+        first = end
+    for function in (nm_linear, reference.nm_linear):
+        found = with_ends(function, given)
+        torch.testing.assert_close(found, expected)
+        folded = with_ends(function, [x.view(7, 1, 24), *given[1:]])
+        torch.testing.assert_close(folded, expected.view(7, 1, 6))
+
+
+def test_experts_with_all_parts() -> None:
+    _, given = stack([2, 2, 5, 7])
+    bias, residual, gain = randn(6, seed=2), randn(7, 3, seed=3), randn(24, seed=4)
+    options: dict[str, Any] = {"activation": "silu", "eps": 1e-3, "norm_offset": 1.0}
+    found, expected = (
+        with_ends(function, given, bias, residual, gain, **options)
+        for function in (nm_linear, reference.nm_linear)
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def test_experts_without_rows_are_not_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, given = stack([0, 3, 3, 7])
+    seen: list[Tensor] = []
+
+    def note(values: Tensor, *others: Any) -> Tensor:
+        seen.append(values)
+        return unpack(values, *others)
+
+    monkeypatch.setattr("fxgraft.kernels.nm_linear.op.unpack", note)
+    with_ends(nm_linear, given)
+    assert [values.data_ptr() for values in seen] == [given[1][e].data_ptr() for e in (1, 3)]
+
+
+def test_schema_of_experts_and_norm() -> None:
+    _, given = stack([2, 2, 5, 7])
+    gain = randn(24, seed=4)
+    opcheck(SPEC, *given[:3], None, None, gain, given[3], n=2, m=4, eps=1e-3)
+
+
+def test_gradients_of_experts_and_norm() -> None:
+    _, given = stack([2, 2, 5, 7])
+
+    def call(x: Tensor, values: Tensor, gain: Tensor) -> Tensor:
+        return nm_linear(x, values, given[2], None, None, gain, given[3], n=2, m=4, eps=1e-2)
+
+    gradcheck(call, *given[:2], randn(24, seed=4))
+
+
 def test_slices_of_rows_make_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     given = arguments(rows=7)
     expected = nm_linear(*given, randn(7), n=2, m=4)
@@ -209,6 +293,25 @@ def test_work_and_memory_depend_on_the_pattern() -> None:
     assert SPEC.flops(node) == 6 * 6 * 24 + 2 * 6 * 3
 
 
+def test_work_of_norm_and_experts() -> None:
+    _, given = stack([2, 2, 5, 7])
+    node = call_node(SPEC, *given[:3], None, None, randn(24), given[3], n=2, m=4, eps=1e-3)
+    # Each row meets one weight; four operations per input for the norm.
+    assert SPEC.flops(node) == 7 * 6 * 24 + 4 * 7 * 24
+
+
+def test_wrong_experts() -> None:
+    _, given = stack([2, 2, 5, 7])
+    for ends in (given[3][:3], given[3].double(), given[3][None]):
+        with pytest.raises(InputError, match="nm_linear's ends are"):
+            with_ends(nm_linear, [*given[:3], ends])
+    with pytest.raises(InputError, match=r"values are \[4, 3, 2, 6, 2\]"):
+        nm_linear(*given[:3], n=2, m=4)
+    _, single = stack([7])
+    with pytest.raises(InputError, match="nm_linear's ends are"):
+        with_ends(nm_linear, [single[0], single[1][0], single[2][0], single[3]])
+
+
 ALL = torch.ones(4, 12, dtype=torch.bool)
 WRONG: list[tuple[dict[int, Any], dict[str, Any], str]] = [
     ({}, {"n": 5}, "pattern is 5:4"),
@@ -226,6 +329,8 @@ WRONG: list[tuple[dict[int, Any], dict[str, Any], str]] = [
     ({3: None, 4: randn(3, 5)}, {}, r"residual is \[3, 5\]"),
     ({}, {"activation": "silu"}, "'silu' and 5 outputs"),
     ({}, {"activation": "swish"}, "'swish'"),
+    ({3: None, 4: None, 5: randn(24)}, {}, "norm_weight but no eps"),
+    ({3: None, 4: None, 5: randn(5)}, {"eps": 1e-5}, r"norm_weight is \[5\]"),
 ]
 
 

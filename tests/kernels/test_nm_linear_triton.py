@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fxgraft.kernels.nm_linear import reference
+from fxgraft.kernels.nm_linear.arguments import Parts
 from fxgraft.kernels.nm_linear.config import Config, has_tiles, rule
 from fxgraft.kernels.nm_linear.layout import Layout, layout_of
 from fxgraft.kernels.nm_linear.op import SPEC
@@ -47,26 +48,28 @@ def check(
     dtype: torch.dtype = torch.bfloat16,
     *,
     parts: tuple[str, ...] = (),
-    activation: str | None = None,
+    **options: Any,
 ) -> Tensor:
-    """Compare with the reference; ``parts`` are those of bias and residual to add."""
+    """Compare with the reference.
+
+    ``parts`` are those of bias, residual and norm_weight to add, ``options`` the numbers of a call.
+    """
     n, m = pattern
     inner = groups * m
     weight = randn(features, inner, dtype=dtype, seed=1) / (inner * n / m) ** 0.5
     values, indices = pack(weight, mask_of(features, inner, n, m), n, m)
-    width = features if activation is None else features // 2
+    width = features if options.get("activation") is None else features // 2
     x = randn(rows, inner, dtype=dtype)
-    shapes = {"bias": (features,), "residual": (rows, width)}
-    others = [
-        randn(*shape, dtype=dtype, seed=2) if name in parts else None
-        for name, shape in shapes.items()
-    ]
-    tensors = (x, values, indices, *others)
-    given: Any = [None if t is None else t.to(DEVICE) for t in tensors]
+    shapes = {"bias": (features,), "residual": (rows, width), "norm_weight": (inner,)}
+    others = {name: randn(*shapes[name], dtype=dtype, seed=2) for name in parts}
+    asked = Parts(**{name: other.to(DEVICE) for name, other in others.items()}, **options)
     layout = layout_of(values, indices, n, m)
-    output = kernels.nm_linear(*given, layout=layout, config=config, activation=activation)
-    wide: Any = [t if t is None or t is indices else t.double() for t in tensors]
-    expected = reference.nm_linear(*wide, n=n, m=m, activation=activation)
+    given = (tensor.to(DEVICE) for tensor in (x, values, indices))
+    output = kernels.nm_linear(*given, asked, layout=layout, config=config)
+    wide: dict[str, Any] = {name: other.double() for name, other in others.items()}
+    expected = reference.nm_linear(
+        x.double(), values.double(), indices, n=n, m=m, **wide, **options
+    )
     assert output.dtype == dtype
     assert output.shape == expected.shape
     difference = (output.cpu().double() - expected).norm() / expected.norm()
@@ -118,6 +121,47 @@ def test_chunks_of_any_length(lane: int, pattern: tuple[int, int]) -> None:
 def test_what_stands_behind(rows: int, config: Config, activation: str | None) -> None:
     check(rows, 70, 16, (4, 8), config, parts=("bias", "residual"), activation=activation)
     check(rows, 70, 16, (2, 4), config, torch.float16, parts=("bias",), activation=activation)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "config", [VECTOR, VECTOR_SPLIT, replace(VECTOR_SPLIT, split_k=4)], ids=str
+)
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_one_row_is_normalised_as_it_is_read(
+    dtype: torch.dtype, config: Config, offset: float
+) -> None:
+    # 24 and 40 groups of 8, and 1100 columns: less and more than a block of the norm's sum.
+    for pattern, groups, parts in (
+        ((4, 8), 24, ("norm_weight",)),
+        ((2, 8), 40, ()),
+        ((3, 20), 55, ("norm_weight", "bias", "residual")),
+    ):
+        check(1, 41, groups, pattern, config, dtype, parts=parts, eps=1e-2, norm_offset=offset)
+
+
+def test_norm_gate_and_residual_together() -> None:
+    parts = ("bias", "residual", "norm_weight")
+    for config in (VECTOR, VECTOR_SPLIT):
+        check(1, 70, 16, (4, 8), config, parts=parts, activation="silu", eps=1e-5)
+
+
+def test_the_norm_counts_inputs_that_are_not_kept() -> None:
+    weight = torch.ones(9, 16)
+    mask = torch.zeros(9, 16, dtype=torch.bool)
+    mask[:, ::8] = True
+    values, indices = (t.to(DEVICE) for t in pack(weight, mask, 1, 8))
+    x = torch.full((1, 16), 3.0, device=DEVICE)
+    output = kernels.nm_linear(
+        x, values, indices, Parts(eps=0.0), layout=Layout(1, 8, 2), config=VECTOR
+    )
+    torch.testing.assert_close(output.cpu(), torch.full((1, 9), 2.0))
+
+
+@pytest.mark.parametrize(("rows", "config"), [(1, VECTOR), (2, VECTOR), (1, MATRIX)], ids=str)
+def test_only_one_row_is_normalised_by_the_kernel(rows: int, config: Config) -> None:
+    x = randn(rows, 16)
+    assert kernels.takes_norm(x, config) == (rows == 1 and config is VECTOR)
 
 
 @pytest.mark.parametrize("pattern", [*PATTERNS, (1, 16), (7, 32), (4, 4)], ids=str)
@@ -179,3 +223,23 @@ def test_the_op_on_a_gpu(rows: int, dtype: torch.dtype) -> None:
         expected = reference.nm_linear(x.double(), values.double(), indices, n=n, m=m)
         error = ERRORS.get(dtype, 1e-12)
         assert (output - expected).norm() <= error * expected.norm()
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 2, 5, 70])
+def test_norm_and_experts_of_the_op_on_a_gpu(rows: int, dtype: torch.dtype) -> None:
+    weight = randn(3, 70, 48, dtype=dtype, seed=1) / 48**0.5
+    mask = mask_of(3 * 70, 48, 4, 8).view(3, 70, 48)
+    values, indices = pack(weight, mask, 4, 8)
+    x, gain = randn(rows, 48, dtype=dtype), randn(48, dtype=dtype, seed=2)
+    ends = torch.tensor([rows // 2, rows // 2, rows])
+    for given, options in (
+        ((x, values[0], indices[0], None, None, gain), {"eps": 1e-5}),
+        ((x, values, indices, None, None, None, ends), {}),
+    ):
+        moved = (t if t is None else t.to(DEVICE) for t in given)
+        output = op_of(SPEC)(*moved, n=4, m=8, **options).cpu().double()
+        wide: Any = [t.double() if t is not None and t.is_floating_point() else t for t in given]
+        expected = reference.nm_linear(*wide, n=4, m=8, **options)
+        assert (output - expected).norm() <= ERRORS[dtype] * expected.norm()

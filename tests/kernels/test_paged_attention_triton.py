@@ -6,8 +6,7 @@
 from __future__ import annotations
 
 import importlib
-import math
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -15,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fxgraft.kernels.paged_attention import reference
-from tests.kernels._helpers import randn
-from tests.kernels._interpreter import DEVICE, INTERPRETED, RUNS_KERNELS, prepare
+from tests.kernels._interpreter import INTERPRETED, RUNS_KERNELS, prepare
+from tests.kernels._paged_calls import ERRORS, Call, assert_near, copied
 
 prepare()
 pytestmark = [
@@ -27,87 +26,6 @@ kernels: Any = (
     importlib.import_module("fxgraft.kernels.paged_attention.triton") if RUNS_KERNELS else None
 )
 
-ERRORS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
-UNUSED = 2**30
-
-
-@dataclass
-class Call:
-    """One call: sizes, what is in the cache, options.
-
-    Attributes:
-        past: tokens before the new ones, per row; negative for no request.
-        angles: channels that rotate, 0 for none.
-    """
-
-    past: tuple[int, ...]
-    new: int = 1
-    kv_heads: int = 2
-    group: int = 1
-    head_dim: int = 64
-    value_dim: int = 0
-    page: int = 16
-    dtype: torch.dtype = torch.float32
-    angles: int = 0
-    has_sinks: bool = False
-    packed: bool = False
-    options: dict[str, Any] = field(default_factory=dict[str, Any])
-
-    def arguments(self, seed: int = 0) -> list[Tensor | None]:
-        """Random tensors in the op's order, float64, NaN wherever nothing may be read."""
-        batch, heads = len(self.past), self.kv_heads * self.group
-        value_dim = self.value_dim or self.head_dim
-        widths = (heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * value_dim)
-        mixed = randn(batch, self.new, sum(widths), dtype=self.dtype, seed=seed)
-        parts = mixed.split(widths, 2)
-        if not self.packed:
-            parts = tuple(part.contiguous() for part in parts)
-        dims = (self.head_dim, self.head_dim, value_dim)
-        new = [
-            part.unflatten(2, (-1, dim)).transpose(1, 2)
-            for part, dim in zip(parts, dims, strict=True)
-        ]
-        table, blocks = self._table(seed)
-        caches = self._caches(blocks, table, value_dim, seed)
-        angle = randn(batch, 1, self.new, self.angles, dtype=torch.float32, seed=seed + 3)
-        turns = [angle.cos(), angle.sin()] if self.angles else [None, None]
-        sinks = randn(heads, dtype=self.dtype, seed=seed + 4) if self.has_sinks else None
-        past = torch.tensor(self.past, dtype=torch.int32)
-        return [*new, *caches, table, past, *turns, sinks]
-
-    def _first(self, past: int) -> int:
-        window = self.options.get("window")
-        return 0 if window is None else max(0, past + 1 - window)
-
-    def _table(self, seed: int) -> tuple[Tensor, int]:
-        """Blocks in any order, none where no query looks."""
-        spans = [
-            (self._first(past) // self.page, -(-(past + self.new) // self.page)) if past >= 0
-            else (0, 0)
-            for past in self.past
-        ]  # fmt: skip
-        count = sum(end - begin for begin, end in spans)
-        order = torch.randperm(count + 2, generator=torch.Generator().manual_seed(seed))
-        table = torch.full((len(self.past), max(end for _, end in spans) + 2), UNUSED)
-        used = 0
-        for row, (begin, end) in enumerate(spans):
-            table[row, begin:end] = order[used : used + end - begin]
-            used += end - begin
-        return table.to(torch.int32), count + 2
-
-    def _caches(self, blocks: int, table: Tensor, value_dim: int, seed: int) -> list[Tensor]:
-        caches: list[Tensor] = []
-        for kind, dim in enumerate((self.head_dim, value_dim)):
-            shape = (blocks, self.kv_heads, self.page, dim)
-            entries = randn(*shape, dtype=self.dtype, seed=seed + 1 + kind)
-            cache = torch.full_like(entries, math.nan)
-            for row, past in enumerate(self.past):
-                for token in range(self._first(past), past):
-                    place = int(table[row, token // self.page]), slice(None), token % self.page
-                    cache[place] = entries[place]
-            caches.append(cache)
-        return caches
-
 
 def check(call: Call, *, longest: int = -1) -> Tensor:
     """Compare output and caches with the reference; returns the output."""
@@ -117,30 +35,19 @@ def check(call: Call, *, longest: int = -1) -> Tensor:
         x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in arguments
     ]
     expected = reference.paged_attention(*wide, **options)
-    given: Any = [None if x is None else _copied(x) for x in arguments]
+    given: Any = [None if x is None else copied(x) for x in arguments]
     output = kernels.paged_attention(*given, longest_past=longest, **options)
     assert output.transpose(1, 2).is_contiguous()
     assert output.dtype == call.dtype
     assert not output.isnan().any()
     active = [past >= 0 for past in call.past]
     assert not output[[not is_active for is_active in active]].any()
-    _assert_near(output[active], expected[active], ERRORS[call.dtype])
+    assert_near(output[active], expected[active], ERRORS[call.dtype])
     for kind in (3, 4):
         cache, wanted = given[kind].cpu(), cast(Tensor, wide[kind])
         assert torch.equal(cache.isnan(), wanted.isnan())
-        _assert_near(cache.nan_to_num(), wanted.nan_to_num(), ERRORS[call.dtype])
+        assert_near(cache.nan_to_num(), wanted.nan_to_num(), ERRORS[call.dtype])
     return output
-
-
-def _copied(x: Tensor) -> Tensor:
-    """On the device, with the same strides."""
-    copy = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=DEVICE)
-    return copy.copy_(x)
-
-
-def _assert_near(found: Tensor, expected: Tensor, error: float) -> None:
-    difference = (found.cpu().double() - expected).norm() / expected.norm()
-    assert difference < error, f"relative error {float(difference):.2e}"
 
 
 @pytest.mark.parametrize(
@@ -184,7 +91,7 @@ def test_a_rows_step_does_not_depend_on_other_rows(group: int, dtype: torch.dtyp
     """Bit for bit; in float32 not even on how many there are."""
     options: dict[str, Any] = {"scale": 0.125}
     many = Call((140, 3, 270), group=group, dtype=dtype)
-    given: Any = [None if x is None else _copied(x) for x in many.arguments()]
+    given: Any = [None if x is None else copied(x) for x in many.arguments()]
     together = kernels.paged_attention(*given, **options)[0]
     given[6][1:] = -1
     assert torch.equal(together, kernels.paged_attention(*given, **options)[0])
@@ -192,7 +99,7 @@ def test_a_rows_step_does_not_depend_on_other_rows(group: int, dtype: torch.dtyp
     alone = kernels.paged_attention(*one, **options)[0]
     if dtype == torch.float32:
         assert torch.equal(together, alone)
-    _assert_near(together, alone.cpu().double(), ERRORS[dtype])
+    assert_near(together, alone.cpu().double(), ERRORS[dtype])
 
 
 def test_rows_longer_than_the_longest_part(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,7 +122,7 @@ def test_rows_longer_than_the_longest_part(monkeypatch: pytest.MonkeyPatch) -> N
 def test_prompt_without_past(dtype: torch.dtype, group: int, past: tuple[int, ...]) -> None:
     call = Call(past, new=19, group=group, dtype=dtype, angles=64, packed=True)
     output = check(call, longest=0)
-    _assert_near(check(call), output.cpu().double(), ERRORS[dtype])
+    assert_near(check(call), output.cpu().double(), ERRORS[dtype])
 
 
 @pytest.mark.parametrize(
@@ -240,7 +147,7 @@ def test_prompt_equals_steps() -> None:
     """A prompt in one call, and token by token."""
     call = Call((70, 10), new=4, group=2, angles=64, options={"window": 40})
     options = {"scale": 0.125} | call.options
-    given: Any = [None if x is None else _copied(x) for x in call.arguments()]
+    given: Any = [None if x is None else copied(x) for x in call.arguments()]
     again: Any = [None if x is None else x.clone() for x in given]
     together = kernels.paged_attention(*given, **options)
     for token in range(call.new):
@@ -248,7 +155,7 @@ def test_prompt_equals_steps() -> None:
         past = again[6] + token
         inputs: Any = (*new[:3], *again[3:6], past, *new[3:], again[9])
         step = kernels.paged_attention(*inputs, **options)
-        _assert_near(step, together[:, :, token : token + 1].cpu().double(), 1e-5)
+        assert_near(step, together[:, :, token : token + 1].cpu().double(), 1e-5)
     assert torch.equal(given[3].nan_to_num(), again[3].nan_to_num())
 
 
@@ -273,7 +180,7 @@ def test_step_in_a_cuda_graph() -> None:
     """One graph serves any lengths that its table holds."""
     call = Call((900, 33, 64), group=4, dtype=torch.bfloat16, angles=64, head_dim=64)
     options: dict[str, Any] = {"scale": 0.125}
-    given: Any = [None if x is None else _copied(x) for x in call.arguments()]
+    given: Any = [None if x is None else copied(x) for x in call.arguments()]
     eager = kernels.paged_attention(*given, **options)
     graph = torch.cuda.CUDAGraph()
     lengths = given[6].clone()

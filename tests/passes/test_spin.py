@@ -126,6 +126,16 @@ def test_only_gated_rows_change() -> None:
     assert bool((found[gated] != plain[gated]).any(-1).all())
 
 
+@pytest.mark.parametrize("name", _vision_models.MODELS)
+def test_every_family_is_left_alone_by_neutral_settings(name: str) -> None:
+    program = _vision_models.MODELS[name]().program()
+    for step in (Spin().neutral(), Spin(keep=1.0)):
+        rewritten = program.copy()
+        step.run(rewritten)
+        assert not rewritten.diff(program)
+    assert apply(program, Spin(keep=0.5)).history[-1].error == 0
+
+
 @pytest.mark.parametrize(
     "fields", [{"factor": 1.0}, {"keep": 1.0}, {"heads": HEADS}, {"layers": (1, 1)}]
 )
@@ -194,13 +204,15 @@ def test_removing_the_pass_restores_the_model() -> None:
 
 
 @pytest.mark.parametrize("score", ["logit_sum", "mass"])
-def test_saved_and_loaded(score: str, tmp_path: Any) -> None:
-    case = _vision_models.llava()
+@pytest.mark.parametrize("name", ["llava", *_vision_models.SIZED])
+def test_saved_and_loaded(name: str, score: str, tmp_path: Any) -> None:
+    case = _vision_models.MODELS[name]()
     values = case.inputs(TEXTS)
     program = apply(case.program(), Spin(heads=2, score=cast(Any, score)), check=False)
     loaded = fxgraft.load(program.save(tmp_path / "saved"))
     assert isinstance(loaded, Program)
     assert torch.equal(loaded(**values)[0], program(**values)[0])
+    assert loaded.inputs == program.inputs
     # Checks of the original's code are written another way once they are read back.
     assert not images.language_model(loaded).diff(images.language_model(program))
 

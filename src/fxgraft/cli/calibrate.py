@@ -92,8 +92,9 @@ def _bars() -> Generator[Progress]:
         tasks: dict[str, Any] = {}
 
         def progress(title: str, done: int, total: int) -> None:
-            if title not in tasks:
-                tasks[title] = bars.add_task(title, total=total)
-            bars.update(tasks[title], completed=done, total=total)
+            step = title.partition(", ")[0]
+            if step not in tasks:
+                tasks[step] = bars.add_task(title, total=total)
+            bars.update(tasks[step], description=title, completed=done, total=total)
 
         yield progress

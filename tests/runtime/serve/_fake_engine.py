@@ -80,10 +80,12 @@ class FakeEngine:
         sampling: SamplingOptions,
         *,
         inputs: Mapping[str, float | str] | None = None,
+        images: object = None,
         on_tokens: Callable[[FakeRequest, Sequence[int]], None] | None = None,
     ) -> FakeRequest:
         self.threads.add(threading.get_ident())
         size = len(byte_level_tokenizer())
+        assert images is None, "the server refuses images for a model without"
         if not prompt or len(prompt) + sampling.max_new_tokens > CONTEXT:
             raise InputError(f"the prompt has {len(prompt)} tokens", "give between 1 and 256")
         if min(prompt) < 0 or max(prompt) >= size:
