@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import sympy  # pyright: ignore[reportMissingTypeStubs]
 from torch.fx import Node
@@ -49,5 +49,5 @@ def _skipped_heads(node: Node) -> Expr:
     heads, kv_heads = dims(argument(node, "query"))[1], dims(argument(node, "key"))[1]
     keep = cast(int, argument(node, "keep"))
     skipped = cast(Expr, sympy.Max(kv_heads - keep, 0)) * heads / kv_heads
-    is_step = sympy.Eq(dims(argument(node, "query"))[2], 1)
+    is_step = cast(Any, sympy.Eq)(dims(argument(node, "query"))[2], 1)
     return cast(Expr, sympy.Piecewise((skipped, is_step), (0, True)))

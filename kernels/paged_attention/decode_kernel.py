@@ -2,8 +2,7 @@
 
 The tokens that a row has are split among programs, each of which attends to its part for all query
 heads of one kv head; the last of them to finish adds the parts up. Source: Dao et al.,
-"Flash-Decoding for long-context inference", 2023; the online softmax is that of Milakov and
-Gimelshein, arXiv 1805.02867, algorithm 3.
+"Flash-Decoding for long-context inference", 2023.
 """
 
 # Triton's language is untyped.
@@ -18,6 +17,7 @@ import triton
 import triton.language as tl
 
 from fxgraft.kernels.launch import only_wait_for_inputs, prefetch, start_next
+from fxgraft.kernels.paged_attention.decode_loops import by_dots, by_products, new_logits, with_new
 from fxgraft.kernels.paged_attention.gating import (
     count_key,
     gate_by_sums,
@@ -26,7 +26,7 @@ from fxgraft.kernels.paged_attention.gating import (
     prefetch_sums,
     scale_row,
 )
-from fxgraft.kernels.paged_attention.pages import LOWEST, entries, rotated, scaled
+from fxgraft.kernels.paged_attention.pages import entries, rotated
 from fxgraft.kernels.paged_attention.splits import (
     add_parts,
     finish,
@@ -103,133 +103,6 @@ def _new_token(
 
 
 @triton.jit
-def _new_logits(queries, new_key, split, scale, SOFTCAP: tl.constexpr):
-    """The new token's logits [G] for the first split, which has its key; LOWEST for others."""
-    score = tl.sum(queries.to(tl.float32) * new_key.to(tl.float32), axis=1)
-    return tl.where(split == 0, scaled(score, scale, SOFTCAP), LOWEST)
-
-
-@triton.jit
-def _with_new(top, total, mixed, looked, score, value):
-    """Continue an online softmax by one token, unless its logits ``score`` are LOWEST."""
-    higher = tl.maximum(top, score)
-    weight, decay = tl.exp2(score - higher), tl.exp2(top - higher)
-    weight = tl.where(score > LOWEST, weight, 0.0)
-    return (
-        higher,
-        total * decay + weight,
-        mixed * decay[:, None] + weight[:, None] * value[None, :],
-        looked * decay,
-    )
-
-
-@triton.jit
-def _by_products(
-    query, key_cache, value_cache, chosen_cache, table, page, begin, end, key_page, key_token,
-    value_page, value_token, scale,
-    SOFTCAP: tl.constexpr, PAGE: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """One query head, without tensor cores; as ``_by_dots``, but for the token more.
-
-    Each place of a tile keeps a softmax of its own, so that no two threads have to agree on a
-    maximum before the end.
-    """
-    place = tl.arange(0, TILE)
-    column, value_column = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
-    wide = tl.sum(query.to(tl.float32), axis=0)
-    top = tl.full((TILE,), LOWEST, tl.float32)
-    total = tl.zeros((TILE,), tl.float32)
-    mixed = tl.zeros((TILE, BLOCK_V), tl.float32)
-    looked = total
-    for start in tl.range(begin, end, TILE, num_stages=STAGES):
-        token = start + place
-        mask = token < end
-        if chosen_cache is not None:
-            flags = page.to(tl.int64) * PAGE + token % PAGE
-            counts = tl.load(chosen_cache + flags, mask=mask, other=0) != 0
-        keys = page.to(tl.int64) * key_page + (token % PAGE) * key_token
-        values = page.to(tl.int64) * value_page + (token % PAGE) * value_token
-        page = tl.load(table + (token + TILE) // PAGE, mask=token + TILE < end, other=0)
-        key_mask = mask[:, None] & (column < HEAD_DIM)[None, :]
-        key = tl.load(key_cache + keys[:, None] + column[None, :], mask=key_mask, other=0.0)
-        value_mask = mask[:, None] & (value_column < VALUE_DIM)[None, :]
-        value = tl.load(
-            value_cache + values[:, None] + value_column[None, :], mask=value_mask, other=0.0
-        )
-        score = scaled(tl.sum(key.to(tl.float32) * wide[None, :], axis=1), scale, SOFTCAP)
-        score = tl.where(mask, score, float("-inf"))
-        higher = tl.maximum(top, score)
-        weight, decay = tl.exp2(score - higher), tl.exp2(top - higher)
-        total = total * decay + weight
-        if chosen_cache is not None:
-            looked = looked * decay + tl.where(counts, weight, 0.0)
-        mixed = mixed * decay[:, None] + weight[:, None] * value.to(tl.float32)
-        top = higher
-    highest = tl.max(top, axis=0)
-    decay = tl.exp2(top - highest)
-    one = tl.zeros((1,), tl.float32)
-    mixed = tl.sum(mixed * decay[:, None], axis=0)
-    total, looked = tl.sum(total * decay, axis=0), tl.sum(looked * decay, axis=0)
-    return one + highest, one + total, mixed[None, :], one + looked
-
-
-@triton.jit
-def _by_dots(
-    query, first_score, first_value, key_cache, value_cache, chosen_cache, table, page, begin, end,
-    key_page, key_token, value_page, value_token, scale,
-    SOFTCAP: tl.constexpr, PAGE: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """All query heads of a kv head, on the tensor cores.
-
-    Args:
-        query: [G, D], rotated.
-        first_score: [G], the logits of one token more, or LOWEST where there is none.
-        first_value: [D], its value.
-        chosen_cache: which tokens are chosen, or None.
-        page: [TILE], the blocks of the first tokens.
-
-    Returns:
-        The largest logit [G], the sum of weights [G], and the weighted sum of values [G, D], over
-        the tokens begin..end and that one; the sum of weights [G] of chosen tokens, if asked for.
-    """
-    column, value_column = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
-    top = first_score
-    total = tl.where(first_score > LOWEST, 1.0, 0.0)
-    mixed = total[:, None] * first_value[None, :]
-    looked = tl.zeros_like(total)
-    place = tl.arange(0, TILE)
-    for start in tl.range(begin, end, TILE, num_stages=STAGES):
-        token = start + place
-        mask = token < end
-        if chosen_cache is not None:
-            flags = page.to(tl.int64) * PAGE + token % PAGE
-            counts = tl.load(chosen_cache + flags, mask=mask, other=0) != 0
-        keys = page.to(tl.int64) * key_page + (token % PAGE) * key_token
-        values = page.to(tl.int64) * value_page + (token % PAGE) * value_token
-        page = tl.load(table + (token + TILE) // PAGE, mask=token + TILE < end, other=0)
-        key_mask = (column < HEAD_DIM)[:, None] & mask[None, :]
-        key = tl.load(key_cache + keys[None, :] + column[:, None], mask=key_mask, other=0.0)
-        value_mask = mask[:, None] & (value_column < VALUE_DIM)[None, :]
-        value = tl.load(
-            value_cache + values[:, None] + value_column[None, :], mask=value_mask, other=0.0
-        )
-        score = scaled(tl.dot(query, key, input_precision="ieee"), scale, SOFTCAP)
-        score = tl.where(mask[None, :], score, float("-inf"))
-        higher = tl.maximum(top, tl.max(score, axis=1))
-        weight, decay = tl.exp2(score - higher[:, None]), tl.exp2(top - higher)
-        total = total * decay + tl.sum(weight, axis=1)
-        if chosen_cache is not None:
-            looked = looked * decay + tl.sum(tl.where(counts[None, :], weight, 0.0), axis=1)
-        mixed = tl.dot(
-            weight.to(value.dtype), value, mixed * decay[:, None], input_precision="ieee"
-        )
-        top = higher
-    return top, total, mixed, looked
-
-
-@triton.jit
 def _attend_part(
     query, key, value, key_cache, value_cache, chosen_cache, table, cos, sin, length, split, begin,
     end, query_head, angle_start, key_page, key_token, value_page, value_token, scale,
@@ -245,7 +118,7 @@ def _attend_part(
         angle_start: where the row's angles begin in cos and sin.
 
     Returns:
-        The new key [1, D], then what ``_by_dots`` returns.
+        The new key [1, D], then what ``by_dots`` returns.
     """
     group, column = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
     token = begin + tl.arange(0, TILE)
@@ -262,17 +135,17 @@ def _attend_part(
         PAGE, ROTARY, INTERLEAVED, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V,
     )  # fmt: skip
     if BLOCK_G == 1:
-        top, total, mixed, looked = _by_products(
+        top, total, mixed, looked = by_products(
             queries, key_cache, value_cache, chosen_cache, table, page, begin, end,
             key_page, key_token, value_page, value_token, scale,
             SOFTCAP, PAGE, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, TILE, STAGES,
         )  # fmt: skip
         # Here, because the loop's first loads would wait for it.
-        score = _new_logits(queries, new_key, split, scale, SOFTCAP)
-        top, total, mixed, looked = _with_new(top, total, mixed, looked, score, new_value)
+        score = new_logits(queries, new_key, split, scale, SOFTCAP)
+        top, total, mixed, looked = with_new(top, total, mixed, looked, score, new_value)
     else:
-        score = _new_logits(queries, new_key, split, scale, SOFTCAP)
-        top, total, mixed, looked = _by_dots(
+        score = new_logits(queries, new_key, split, scale, SOFTCAP)
+        top, total, mixed, looked = by_dots(
             queries, score, new_value, key_cache, value_cache, chosen_cache, table, page, begin,
             end, key_page, key_token, value_page, value_token, scale,
             SOFTCAP, PAGE, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, TILE, STAGES,

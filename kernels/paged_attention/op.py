@@ -146,8 +146,11 @@ def _gate(tensors: tuple[Any, ...], options: dict[str, Any]) -> Gate | None:
     """The gate of a call; arguments may be given by position or by name."""
     names = ("chosen", "gated", "key_sum_cache", "slots", "chosen_cache")
     given = dict(zip(names, tensors[10:], strict=False))
-    values = [given.get(name, options.get(name)) for name in names]
-    return Gate.of(*values, options.get("keep", 0), options.get("factor", 1.0))
+    values = {name: given.get(name, options.get(name)) for name in names}
+    return Gate.of(
+        values["chosen"], values["gated"], values["key_sum_cache"], values["slots"],
+        values["chosen_cache"], options.get("keep", 0), options.get("factor", 1.0),
+    )  # fmt: skip
 
 
 def _by_kernels(*tensors: Any, **options: Any) -> Tensor:

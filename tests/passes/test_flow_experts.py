@@ -35,7 +35,7 @@ from tests.passes import _flow
 from tests.passes._ranks import run_shares, shares_of
 
 NM: Any = torch.ops.fxgraft.nm_linear.default
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": models.VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
 }  # fmt: skip
