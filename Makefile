@@ -19,7 +19,7 @@ demo: $(SETUP)
 	PYTHONSAFEPATH=1 $(BIN)/fxgraft run examples/smollm2.yaml --out out/demo
 
 test: $(SETUP)
-	PYTHONSAFEPATH=1 $(BIN)/python -m pytest -q -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 PYTHONSAFEPATH=1 $(BIN)/python -m pytest -q -n 2 $(ARGS)
 
 lint: $(SETUP)
 	$(BIN)/ruff check .
