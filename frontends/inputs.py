@@ -25,6 +25,8 @@ _DEFAULTS: dict[str, Default] = {
     "token_type_ids": "zeros",
     "mm_token_type_ids": "zeros",
 }
+# Models whose token type 0 is a prompt, read in both directions, and 1 an answer, read in one.
+_TYPES_ARE_PROMPTS = frozenset({"paligemma"})
 
 
 def describe(
@@ -151,7 +153,14 @@ def _describe_value(
     high = 0
     if not value.dtype.is_floating_point and value.dtype != torch.bool:
         high = vocabulary(model) if name.endswith("input_ids") else int(value.max()) + 1
-    return Input(name, value.dtype, shape, _DEFAULTS.get(name, "required"), high)
+    return Input(name, value.dtype, shape, _default_of(model, name), high)
+
+
+def _default_of(model: nn.Module, name: str) -> Default:
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if name == "token_type_ids" and kind in _TYPES_ARE_PROMPTS:
+        return "prompts"
+    return _DEFAULTS.get(name, "required")
 
 
 def _known_inputs(model: nn.Module) -> tuple[Input, ...]:

@@ -17,7 +17,7 @@ from torch.fx import Node
 from fxgraft import graph as graphs
 from fxgraft.errors import LoweringError
 from fxgraft.kernels.spec import argument, dims
-from fxgraft.operators import aliases_input, operator_of, qualified_name
+from fxgraft.operators import aliases_input, operator_of, qualified_name, writes
 from fxgraft.program import Program
 
 aten = torch.ops.aten
@@ -37,22 +37,17 @@ def functional(program: Program) -> Program:
     Raises:
         LoweringError: something is changed in place through a view that cannot be written back.
     """
-    if not any(map(_is_mutable, program.graph.nodes)):
+    if not any(map(writes, program.graph.nodes)):
         return program
     copy = program.copy()
     for node in copy.graph.find_nodes(op="call_function", target=aten.detach_.default):
         node.replace_all_uses_with(node.args[0])
         copy.graph.erase_node(node)
     for node in list(copy.graph.nodes):
-        if _is_mutable(node):
+        if writes(node):
             _replace(node)
     graphs.finish(copy.graph_module)
     return copy
-
-
-def _is_mutable(node: Node) -> bool:
-    target = operator_of(node)
-    return target is not None and bool(target._schema.is_mutable)
 
 
 def _replace(node: Node) -> None:

@@ -263,6 +263,51 @@ def _skip_row(
 
 
 @triton.jit
+def _serve_part(
+    query, key, value, key_cache, value_cache, table, cos, sin, sinks, output, partial, statistics,
+    arrived, chosen, gated, key_sums, slots, chosen_cache, scores, length, split, begin, end, parts,
+    kv_head, row, query_head, angle_start, key_page, key_token, value_page, value_token, scale,
+    GROUP: tl.constexpr, PAGE: tl.constexpr, SOFTCAP: tl.constexpr, ROTARY: tl.constexpr,
+    INTERLEAVED: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    MOST: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, CHUNK: tl.constexpr,
+    KV_HEADS: tl.constexpr, BLOCK_H: tl.constexpr, SCORE_CHUNK: tl.constexpr, KEEP: tl.constexpr,
+    FACTOR: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One split's part, unless its heads are all suppressed with a factor of 0.
+
+    Args:
+        query: of the row's first head.
+        key, value, output: of the kv head, or its first head.
+    """
+    head = kv_head * GROUP
+    gate = None
+    if key_sums is not None:
+        gate = gate_by_sums(
+            query, key_sums, slots, chosen, gated, row, head, length, KV_HEADS, cos, sin,
+            angle_start, query_head, scale, GROUP, BLOCK_G, KV_HEADS * GROUP, BLOCK_H, HEAD_DIM,
+            SCORE_CHUNK, ROTARY, INTERLEAVED, KEEP, FACTOR,
+        )  # fmt: skip
+    if gate is None or FACTOR != 0 or tl.max(gate, axis=0) > 0:
+        _run_part(
+            query + head * query_head, key, value, key_cache, value_cache, table, cos, sin, sinks,
+            output, partial, statistics, arrived, chosen, gated, key_sums, slots, chosen_cache,
+            scores, gate, length, split, begin, end, parts, kv_head, row, query_head, angle_start,
+            key_page, key_token, value_page, value_token, scale,
+            GROUP, PAGE, SOFTCAP, ROTARY, INTERLEAVED, HEAD_DIM, VALUE_DIM, HEADS, BLOCK_G,
+            BLOCK_D, BLOCK_V, MOST, TILE, STAGES, CHUNK, KV_HEADS, BLOCK_H, SCORE_CHUNK, KEEP,
+            FACTOR, PDL,
+        )  # fmt: skip
+    elif split == 0:
+        _skip_row(
+            key, value, key_cache, value_cache, table, cos, sin, output, chosen, key_sums, slots,
+            length, kv_head, row, angle_start, key_page, key_token, value_page, value_token,
+            GROUP, PAGE, ROTARY, INTERLEAVED, HEAD_DIM, VALUE_DIM, BLOCK_G, BLOCK_D, BLOCK_V,
+            KV_HEADS,
+        )  # fmt: skip
+
+
+@triton.jit
 def decode_kernel(
     query, key, value, key_cache, value_cache, table, past, cos, sin, sinks, output, partial,
     statistics, arrived, chosen, gated, key_sums, slots, chosen_cache, scores, query_row,
@@ -291,19 +336,16 @@ def decode_kernel(
         chosen_cache: uint8 [blocks, PAGE].
         scores: float32 [rows, heads], written with ``chosen_cache`` only.
         *_row, *_head, *_page, *_token: strides; ``angle_row`` is that of cos and sin.
-        blocks: number of blocks in the caches.
-        pages: width of the table.
+        blocks, pages: number of blocks in the caches, width of the table.
         HEADS, BLOCK_G: query heads of a kv head, as a power of 2 and as the tensor cores take them.
         SPLITS, LEAST, LONGEST: how rows are split, as ``part_of`` says.
         MOST: most parts of a row, a power of 2.
         TILE: tokens of an iteration.
         CHUNK: parts that are read at once when they are added.
         PREFETCH: tokens to ask for before the inputs are ready, a power of 2.
-        BLOCK_H, SCORE_CHUNK: all query heads, and channels of them that are scored at once, as
-            powers of 2.
+        BLOCK_H, SCORE_CHUNK: query heads, and channels of them scored at once, powers of 2.
     """
     split, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    head = kv_head * GROUP
     pair = row * tl.num_programs(1) + kv_head
     table += row * table_row
     key_cache += kv_head * key_cache_head
@@ -326,31 +368,13 @@ def decode_kernel(
         if split == 0:
             store_zeros(output, GROUP, VALUE_DIM, BLOCK_G, BLOCK_V)
     elif split < parts:
-        queries = query + row * query_row
-        gate = None
-        if key_sums is not None:
-            gate = gate_by_sums(
-                queries, key_sums, slots, chosen, gated, row, head, length, KV_HEADS, cos, sin,
-                row * angle_row, query_head, scale, GROUP, BLOCK_G, KV_HEADS * GROUP, BLOCK_H,
-                HEAD_DIM, SCORE_CHUNK, ROTARY, INTERLEAVED, KEEP, FACTOR,
-            )  # fmt: skip
-        if gate is None or FACTOR != 0 or tl.max(gate, axis=0) > 0:
-            _run_part(
-                queries + head * query_head, key + row * key_row + kv_head * key_head,
-                value + row * value_row + kv_head * value_head, key_cache, value_cache, table, cos,
-                sin, sinks, output, partial, statistics, arrived, chosen, gated, key_sums, slots,
-                chosen_cache, scores, gate, length, split, begin, end, parts, kv_head, row,
-                query_head, row * angle_row, key_page, key_token, value_page, value_token, scale,
-                GROUP, PAGE, SOFTCAP, ROTARY, INTERLEAVED, HEAD_DIM, VALUE_DIM, HEADS, BLOCK_G,
-                BLOCK_D, BLOCK_V, MOST, TILE, STAGES, CHUNK, KV_HEADS, BLOCK_H, SCORE_CHUNK, KEEP,
-                FACTOR, PDL,
-            )  # fmt: skip
-        elif split == 0:
-            _skip_row(
-                key + row * key_row + kv_head * key_head,
-                value + row * value_row + kv_head * value_head, key_cache, value_cache, table, cos,
-                sin, output, chosen, key_sums, slots, length, kv_head, row, row * angle_row,
-                key_page, key_token, value_page, value_token,
-                GROUP, PAGE, ROTARY, INTERLEAVED, HEAD_DIM, VALUE_DIM, BLOCK_G, BLOCK_D, BLOCK_V,
-                KV_HEADS,
-            )  # fmt: skip
+        _serve_part(
+            query + row * query_row, key + row * key_row + kv_head * key_head,
+            value + row * value_row + kv_head * value_head, key_cache, value_cache, table, cos,
+            sin, sinks, output, partial, statistics, arrived, chosen, gated, key_sums, slots,
+            chosen_cache, scores, length, split, begin, end, parts, kv_head, row, query_head,
+            row * angle_row, key_page, key_token, value_page, value_token, scale,
+            GROUP, PAGE, SOFTCAP, ROTARY, INTERLEAVED, HEAD_DIM, VALUE_DIM, HEADS, BLOCK_G,
+            BLOCK_D, BLOCK_V, MOST, TILE, STAGES, CHUNK, KV_HEADS, BLOCK_H, SCORE_CHUNK, KEEP,
+            FACTOR, PDL,
+        )  # fmt: skip

@@ -40,6 +40,25 @@ def with_new(top, total, mixed, looked, score, value):
 
 
 @triton.jit
+def _counts(chosen_cache, page, token, end, PAGE: tl.constexpr):
+    """Whether the tokens of a tile, in blocks ``page``, are chosen, bool [TILE]."""
+    place = page.to(tl.int64) * PAGE + token % PAGE
+    return tl.load(chosen_cache + place, mask=token < end, other=0) != 0
+
+
+@triton.jit
+def _places(
+    table, page, token, end, key_page, key_token, value_page, value_token,
+    PAGE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Where the keys and the values of a tile lie; the blocks of the next tile, asked for early."""
+    within, block = token % PAGE, page.to(tl.int64)
+    following = tl.load(table + (token + TILE) // PAGE, mask=token + TILE < end, other=0)
+    keys = block * key_page + within * key_token
+    return keys, block * value_page + within * value_token, following
+
+
+@triton.jit
 def by_products(
     query, key_cache, value_cache, chosen_cache, table, page, begin, end, key_page, key_token,
     value_page, value_token, scale,
@@ -62,11 +81,10 @@ def by_products(
         token = start + place
         mask = token < end
         if chosen_cache is not None:
-            flags = page.to(tl.int64) * PAGE + token % PAGE
-            counts = tl.load(chosen_cache + flags, mask=mask, other=0) != 0
-        keys = page.to(tl.int64) * key_page + (token % PAGE) * key_token
-        values = page.to(tl.int64) * value_page + (token % PAGE) * value_token
-        page = tl.load(table + (token + TILE) // PAGE, mask=token + TILE < end, other=0)
+            counts = _counts(chosen_cache, page, token, end, PAGE)
+        keys, values, page = _places(
+            table, page, token, end, key_page, key_token, value_page, value_token, PAGE, TILE
+        )
         key_mask = mask[:, None] & (column < HEAD_DIM)[None, :]
         key = tl.load(key_cache + keys[:, None] + column[None, :], mask=key_mask, other=0.0)
         value_mask = mask[:, None] & (value_column < VALUE_DIM)[None, :]
@@ -120,11 +138,10 @@ def by_dots(
         token = start + place
         mask = token < end
         if chosen_cache is not None:
-            flags = page.to(tl.int64) * PAGE + token % PAGE
-            counts = tl.load(chosen_cache + flags, mask=mask, other=0) != 0
-        keys = page.to(tl.int64) * key_page + (token % PAGE) * key_token
-        values = page.to(tl.int64) * value_page + (token % PAGE) * value_token
-        page = tl.load(table + (token + TILE) // PAGE, mask=token + TILE < end, other=0)
+            counts = _counts(chosen_cache, page, token, end, PAGE)
+        keys, values, page = _places(
+            table, page, token, end, key_page, key_token, value_page, value_token, PAGE, TILE
+        )
         key_mask = (column < HEAD_DIM)[:, None] & mask[None, :]
         key = tl.load(key_cache + keys[None, :] + column[:, None], mask=key_mask, other=0.0)
         value_mask = mask[:, None] & (value_column < VALUE_DIM)[None, :]

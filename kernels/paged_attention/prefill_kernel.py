@@ -28,6 +28,34 @@ def _write(
 
 
 @triton.jit
+def _write_values(
+    start, cache, table, token, length, is_new, writes, page_stride, token_stride,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr,
+):  # fmt: skip
+    """Copy the values [S] at ``start`` to the cache."""
+    column = tl.arange(0, BLOCK)
+    mask = is_new[:, None] & (column < DIM)[None, :]
+    values = tl.load(start[:, None] + column[None, :], mask=mask, other=0.0)
+    _write(values, cache, table, token, length, writes, page_stride, token_stride, DIM, BLOCK, PAGE)
+
+
+@triton.jit
+def _write_flags(chosen, cache, table, token, length, writes, PAGE: tl.constexpr):
+    """Write which of a row's new tokens are chosen behind its past."""
+    place = entries(length + token, writes, table, PAGE, 1, PAGE)
+    tl.store(cache + place, tl.load(chosen + token, mask=writes, other=0), mask=writes)
+
+
+@triton.jit
+def _sum_chosen(keys, chosen, total, token, is_new, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """Store the sum of the chosen ones of keys [S, BLOCK]."""
+    column = tl.arange(0, BLOCK)
+    counts = tl.load(chosen + token, mask=is_new, other=0) != 0
+    found = tl.sum(tl.where(counts[:, None], keys.to(tl.float32), 0.0), axis=0)
+    tl.store(total + column, found, mask=column < DIM)
+
+
+@triton.jit
 def write_kernel(
     query, key, value, key_cache, value_cache, table, past, cos, sin, rotated_query, rotated_key,
     chosen, chosen_cache, block_sums, query_row, query_head, query_token, key_row, key_head,
@@ -39,16 +67,14 @@ def write_kernel(
 ):  # fmt: skip
     """Rotate queries and keys, and write keys and values to the caches.
 
-    Grid (blocks of tokens, kv heads twice and, if queries rotate, query heads, rows): a program
-    does BLOCK_S tokens of one head.
+    Grid (blocks of BLOCK_S tokens, kv heads twice and, if queries rotate, query heads, rows).
 
     Args:
         rotated_query: [rows, tokens, heads, HEAD_DIM], or None if queries do not rotate.
         rotated_key: [rows, tokens, kv_heads, HEAD_DIM], or None if only the cache needs keys.
-        chosen: uint8 [rows, tokens], or None if neither of the next two is given.
-        chosen_cache: uint8 [blocks, PAGE], gets ``chosen`` too; or None.
-        block_sums: float32 [rows, kv_heads, blocks of tokens, HEAD_DIM], gets the sum of each
-            block's chosen keys; or None.
+        chosen: uint8 [rows, tokens], for the next two, each of which may be None.
+        chosen_cache: uint8 [blocks, PAGE], gets ``chosen`` too.
+        block_sums: float32 [rows, kv_heads, blocks of tokens, HEAD_DIM], sums of chosen keys.
         *_row, *_head, *_token, *_page, *_entry: strides; those of cos and sin are ``angle_*``.
     """
     row, which = tl.program_id(2).to(tl.int64), tl.program_id(1)
@@ -63,18 +89,13 @@ def write_kernel(
     writes = is_new & (length >= 0)
     if which < kv_heads:
         start = value + row * value_row + which * value_head + token.to(tl.int64) * value_token
-        value_column = tl.arange(0, BLOCK_V)
-        value_mask = is_new[:, None] & (value_column < VALUE_DIM)[None, :]
-        values = tl.load(start[:, None] + value_column[None, :], mask=value_mask, other=0.0)
-        _write(
-            values, value_cache + which * value_cache_head, table, token, length, writes,
+        _write_values(
+            start, value_cache + which * value_cache_head, table, token, length, is_new, writes,
             value_page, value_entry, VALUE_DIM, BLOCK_V, PAGE,
         )  # fmt: skip
         if chosen_cache is not None:
-            is_one = writes & (which == 0)
-            flag = entries(length + token, is_one, table, PAGE, 1, PAGE)
-            new_flags = tl.load(chosen + row * tokens + token, mask=is_one, other=0)
-            tl.store(chosen_cache + flag, new_flags, mask=is_one)
+            mine, flags = writes & (which == 0), chosen + row * tokens
+            _write_flags(flags, chosen_cache, table, token, length, mine, PAGE)
     elif which < 2 * kv_heads:
         head = which - kv_heads
         start = key + row * key_row + head * key_head + token.to(tl.int64) * key_token
@@ -90,10 +111,11 @@ def write_kernel(
             place = ((row * tokens + token) * kv_heads + head) * HEAD_DIM
             tl.store(rotated_key + place[:, None] + column[None, :], keys, mask=mask)
         if block_sums is not None:
-            counts = tl.load(chosen + row * tokens + token, mask=is_new, other=0) != 0
-            total = tl.sum(tl.where(counts[:, None], keys.to(tl.float32), 0.0), axis=0)
             of_block = ((row * kv_heads + head) * tl.num_programs(0) + tl.program_id(0)) * HEAD_DIM
-            tl.store(block_sums + of_block + column, total, mask=column < HEAD_DIM)
+            _sum_chosen(
+                keys, chosen + row * tokens, block_sums + of_block, token, is_new,
+                HEAD_DIM, BLOCK_D,
+            )  # fmt: skip
     elif rotated_query is not None:
         head = which - 2 * kv_heads
         start = query + row * query_row + head * query_head + token.to(tl.int64) * query_token

@@ -54,13 +54,6 @@ def separation(gate: Tensor, temperature: float, floor: float | None, kind: Sepa
     return F.cosine_similarity(first, second, dim=-1).mean()
 
 
-def divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher ‖ student) of logits [B, S, V], mean over tokens."""
-    logs = F.log_softmax(student.float(), -1).flatten(0, 1)
-    return F.kl_div(logs, F.log_softmax(teacher.float(), -1).flatten(0, 1), log_target=True,
-                    reduction="batchmean")  # fmt: skip
-
-
 def mean(values: Sequence[Tensor]) -> Tensor:
     """The mean of scalars."""
     return torch.stack(list(values)).mean()

@@ -10,10 +10,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from fxgraft.distances import divergence
 from fxgraft.errors import NumericError
 from fxgraft.offline import Progress, silent
 from fxgraft.passes.dsla.form import Form
-from fxgraft.passes.dsla.losses import Match, Separation, divergence, match, mean, separation
+from fxgraft.passes.dsla.losses import Match, Separation, match, mean, separation
 from fxgraft.passes.dsla.probe import Parameters, Probe, Seen, probe_of, taps
 from fxgraft.program import Program
 

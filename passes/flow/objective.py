@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fxgraft import facts
 from fxgraft.calibration import Inputs, token_losses
+from fxgraft.distances import divergence
 from fxgraft.kernels.spec import spec_of
-from fxgraft.passes.dsla.losses import divergence
 from fxgraft.program import Program
 
 

@@ -80,7 +80,7 @@ class Engine:
         )
         self.counters = Counters()
         self.waiting: deque[Request] = deque()
-        self.image_encoder = ImageEncoder(compiled.program)
+        self.image_encoder = ImageEncoder(compiled)
         self.prefill = Prefill(self.model, self.memory, self.options)
         on_gpu = self.model.device.type == "cuda"
         self._ahead = self.options.lookahead if self.options.lookahead is not None else on_gpu

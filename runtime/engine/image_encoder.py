@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from fxgraft import images
+from fxgraft.backend import Compiled
 from fxgraft.errors import InputError
 from fxgraft.program import Program
 from fxgraft.runtime.engine.failures import as_error
@@ -22,16 +23,16 @@ class ImageEncoder:
     Images that a request still uses are not encoded again for another one.
 
     Args:
-        program: the whole model; one that takes no images refuses them.
+        compiled: the whole model; one that takes no images refuses them.
 
     Attributes:
         names: of the image inputs, in order; none where the model takes no images.
     """
 
-    def __init__(self, program: Program) -> None:
-        merge = images.find_merge(program)
+    def __init__(self, compiled: Compiled) -> None:
+        merge = images.find_merge(compiled.program)
         self._tokens: tuple[int, ...] = () if merge is None else merge.tokens
-        self._encoder = None if merge is None else images.image_encoder(program)
+        self._encoder = None if merge is None else compiled.image_encoder
         self.names = () if self._encoder is None else tuple(s.name for s in self._encoder.inputs)
         self._used: WeakValueDictionary[bytes, Features] = WeakValueDictionary()
 

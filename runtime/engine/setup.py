@@ -12,7 +12,6 @@ from fxgraft.backend import Compiled
 from fxgraft.collectives import smallest
 from fxgraft.errors import InputError
 from fxgraft.generation.options import SamplingOptions
-from fxgraft.images import language_model
 from fxgraft.paged_model import PagedModel
 from fxgraft.paging import PagedProgram, page_state
 from fxgraft.program import Input
@@ -44,9 +43,8 @@ def build_model(compiled: Compiled, options: EngineOptions, context_length: int 
         InputError: the memory is too little for one request, or ``max_context`` is over the
             model's.
     """
-    program = language_model(compiled.program)
-    step = insert_state(program)
-    check_steps(program, step)
+    step = insert_state(compiled.language_model)
+    check_steps(compiled.language_model, step)
     paged = page_state(step, block_size=options.block_size)
     run = compiled.lower_pages(paged)
     context = _context(options, context_length)

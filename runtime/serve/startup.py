@@ -10,7 +10,6 @@ from fastapi import FastAPI
 
 from fxgraft.backend import Compiled, find_backend
 from fxgraft.errors import InputError
-from fxgraft.images import language_model
 from fxgraft.runtime.dsla_serve import DslaServe
 from fxgraft.runtime.engine import Engine, LayerPolicy
 from fxgraft.runtime.serve.app import create_app
@@ -65,7 +64,7 @@ def app_of(
     policy = policy or _policy(compiled, chosen)
     engine = Engine(compiled, chosen.engine, tokenizer=tokenizer, policy=policy)
     engine.warm_up()
-    layers, op_layers = layer_facts(language_model(compiled.program))
+    layers, op_layers = layer_facts(compiled.language_model)
     model = ServedModel(
         chosen.served_name or name,
         source=str(compiled.program.origin.get("source") or ""),

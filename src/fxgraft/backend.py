@@ -157,7 +157,7 @@ class Compiled(ABC):
     @cached_property
     def step_model(self) -> StepModel:
         """The model step by step: with explicit state, or recomputing where that cannot be."""
-        program = image_features.language_model(self.program)
+        program = self.language_model
         run = self.run if program is self.program else _eager(program)
         try:
             step = insert_state(program)
@@ -168,7 +168,13 @@ class Compiled(ABC):
         return self.lower_step(step)
 
     @cached_property
-    def _image_encoder(self) -> Program:
+    def language_model(self) -> Program:
+        """What generates: the whole model, or what stands behind its images."""
+        return image_features.language_model(self.program)
+
+    @cached_property
+    def image_encoder(self) -> Program:
+        """What stands before the tokens of a model that takes images."""
         return image_features.image_encoder(self.program)
 
     def generate(
@@ -205,7 +211,7 @@ class Compiled(ABC):
         model = self.step_model
         if images is not None or image_features.find_merge(self.program) is not None:
             model = image_prompts.with_images(
-                self.program, lambda: self._image_encoder, cast(InputStepModel, model), images
+                self.program, lambda: self.image_encoder, cast(InputStepModel, model), images
             )
         if options.get("do_sample") and options.get("seed") is None:
             options["seed"] = random_seed(self.program)

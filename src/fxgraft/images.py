@@ -24,6 +24,7 @@ from fxgraft import graph as graphs
 from fxgraft import prompt_parts
 from fxgraft.errors import InputError
 from fxgraft.kernels.spec import dims
+from fxgraft.operators import aliases_input, writes
 from fxgraft.program import Input, Program
 
 aten = torch.ops.aten
@@ -158,7 +159,7 @@ def _drop_others(program: Program) -> None:
     """
     writers: dict[Node, list[Node]] = {}
     for node in program.graph.nodes:
-        if node.op == "call_function" and _writes_in_place(node):
+        if writes(node):
             writers.setdefault(_written(node), []).append(node)
     live: set[Node] = set()
     pending = [program.graph.output_node()]
@@ -173,18 +174,12 @@ def _drop_others(program: Program) -> None:
     graphs.finish(program.graph_module)
 
 
-def _writes_in_place(node: Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable
-
-
 def _written(node: Node) -> Node:
     """The tensor that a node writes into: behind the views of it."""
-    while node.op == "call_function" and isinstance(node.args[0], Node):
-        schema = getattr(node.target, "_schema", None)
-        if schema is None or schema.arguments[0].alias_info is None:
-            break
-        node = node.args[0]
+    while writes(node) or aliases_input(node):
+        source = node.args[0]
+        assert isinstance(source, Node)
+        node = source
     return node
 
 

@@ -99,7 +99,7 @@ def _default(program: Program, spec: Input, sizes: Mapping[str, int]) -> torch.T
     shape = [sizes[size] if isinstance(size, str) else size for size in spec.shape]
     if spec.default == "ones":
         return torch.ones(shape, dtype=spec.dtype, device=program.device)
-    if spec.default == "zeros":
+    if spec.default in ("zeros", "prompts"):
         return torch.zeros(shape, dtype=spec.dtype, device=program.device)
     row = torch.arange(shape[-1], dtype=spec.dtype, device=program.device)
     return row.expand(shape)
@@ -126,7 +126,7 @@ def _random(
     shape = [_size(program, size, sizes) for size in spec.shape]
     if spec.default == "positions":
         return torch.arange(shape[-1], dtype=spec.dtype).expand(shape)
-    if spec.default in ("ones", "zeros"):
+    if spec.default in ("ones", "zeros", "prompts"):
         return torch.full(shape, int(spec.default == "ones"), dtype=spec.dtype)
     if spec.dtype.is_floating_point:
         return torch.randn(shape, generator=generator).to(spec.dtype)

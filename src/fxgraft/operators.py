@@ -26,6 +26,12 @@ def argument_names(node: Node) -> list[str]:
     return [str(argument.name) for argument in operator_of(node)._schema.arguments]
 
 
+def writes(node: Node) -> bool:
+    """Whether the operator changes some of its arguments."""
+    target = operator_of(node)
+    return target is not None and bool(target._schema.is_mutable)
+
+
 def aliases_input(node: Node) -> bool:
     """Whether the operator may return its input's memory, unchanged."""
     target = operator_of(node)

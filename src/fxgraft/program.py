@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from fxgraft.diff import GraphDiff
     from fxgraft.layers import Layer
 
-Default = Literal["required", "ones", "zeros", "positions"]
+Default = Literal["required", "ones", "zeros", "positions", "prompts"]
+"""``prompts``: 0 at tokens of a prompt and 1 at those of an answer; left out, all are a prompt."""
 
 
 @dataclass(frozen=True)

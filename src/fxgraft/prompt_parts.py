@@ -11,8 +11,6 @@ from fxgraft.program import Input, Program
 from fxgraft.state import PROMPT_LENGTH
 
 aten = torch.ops.aten
-# Their type 0 is a prompt, read in both directions, and 1 an answer, read in one.
-_PREFIX_MODELS = frozenset({"paligemma"})
 
 
 def prompt_length(program: Program) -> Node:
@@ -41,12 +39,10 @@ def share_sizes(node: Node, ids: Node) -> None:
 
 
 def tell_types_by_length(program: Program) -> None:
-    """Compute ``token_type_ids``, in place, where they only tell prompts from answers.
-
-    Other models call other things types; there, nothing changes.
-    """
-    types = _input(program, "token_type_ids")
-    if types is None or program.origin.get("model_type") not in _PREFIX_MODELS:
+    """Compute an input that only tells prompts from answers, in place, if there is one."""
+    spec = next((spec for spec in program.inputs if spec.default == "prompts"), None)
+    types = None if spec is None else _input(program, spec.name)
+    if types is None:
         return
     length = prompt_length(program)
     ids, mask = (_input(program, name) for name in ("input_ids", "attention_mask"))
