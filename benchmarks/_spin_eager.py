@@ -8,7 +8,7 @@ times a factor. The cache is static, so that a step can be captured in a CUDA gr
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,28 +30,37 @@ class Suppression:
     factor: float = 1.0
 
 
+@dataclass
 class EagerStep:
     """One token of each of ``batch`` requests with ``context`` tokens before it.
 
-    Args:
+    Attributes:
         model: transformers' Llama; its weights are used.
         shape: of the model.
+        batch, context: see above.
         suppression: of its heads.
+        caches: keys and values [B, H, context + 1, D] of each layer; random if not given.
     """
 
-    def __init__(
-        self, model: Any, shape: Shape, batch: int, context: int, suppression: Suppression
-    ) -> None:
-        self.model, self.shape, self.suppression = model, shape, suppression
-        self.context, self.head_dim = context, shape.width // shape.heads
-        sizes = (batch, shape.heads, context + 1, self.head_dim)
+    model: Any
+    shape: Shape
+    batch: int
+    context: int
+    suppression: Suppression
+    caches: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        shape = self.shape
+        self.head_dim = shape.width // shape.heads
+        sizes = (self.batch, shape.heads, self.context + 1, self.head_dim)
         options: Any = {"device": shape.device, "dtype": shape.dtype}
-        self.caches = [
-            (torch.randn(sizes, **options), torch.randn(sizes, **options))
-            for _ in range(shape.layers)
-        ]
-        self.ids = torch.full((batch, 1), 5, device=shape.device)
-        self.position = torch.full((batch, 1), context, device=shape.device)
+        if not self.caches:
+            self.caches = [
+                (torch.randn(sizes, **options), torch.randn(sizes, **options))
+                for _ in range(shape.layers)
+            ]
+        self.ids = torch.full((self.batch, 1), 5, device=shape.device)
+        self.position = torch.full((self.batch, 1), self.context, device=shape.device)
 
     @torch.no_grad()
     def __call__(self) -> Tensor:

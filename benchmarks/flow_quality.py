@@ -11,11 +11,15 @@ Calibration: sequences cut at random from one half of the Debian Administrator's
 evaluation is the other half, cut into sequences of the same length from its beginning. With
 --gsm8k-only both come from GSM8K's problems. Answers: the mean log-likelihood per token of GSM8K's
 worked answers, given the question.
+
+Every figure goes to the journal at once; a run with the same options takes what it finds there, so
+that a run that was stopped goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import statistics
 import time
@@ -48,6 +52,8 @@ TARGETS = {
 PEERS = {"loss N:8": "Wanda", "loss N:16": "Wanda", "loss N:8, Hessian": "SparseGPT",
          "loss N:16, Hessian": "SparseGPT"}  # fmt: skip
 CPU_MINUTES, GPU_MINUTES = 15.0, 2.0
+JOURNAL = Path(__file__).parent.parent / "out" / "flow_quality.jsonl"
+Figures = dict[str, float]
 
 
 @dataclass
@@ -90,12 +96,49 @@ def main() -> None:
     placement.move(program, options.device)
     tokenizer = sources.tokenizer(options.model)
     texts = read(tokenizer, options)
-    found: dict[tuple[float, str], list[dict[str, float]]] = {}
+    found = Journal(options.journal, options)
     for seed in options.seeds:
         for budget in options.budgets:
             measure(program, tokenizer, texts, options, seed, budget, found)
     if options.model == sources.SMOLLM2 and not options.no_file:
-        write(found, texts, options)
+        write(found.entries(), texts, options)
+
+
+class Journal:
+    """Figures of methods on disk, a line of JSON each.
+
+    Args:
+        path: the file; its folder is made.
+        options: of the command; only lines of the same ones count.
+    """
+
+    def __init__(self, path: Path, options: argparse.Namespace) -> None:
+        kept = ("model", "samples", "length", "probes", "evaluation", "problems", "gsm8k_only")
+        self._path = path
+        self._kind = {name: getattr(options, name) for name in kept}
+        self._found: dict[tuple[int, float, str], Figures] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for text in path.read_text().splitlines() if path.is_file() else ():
+            line = json.loads(text)
+            if line["kind"] == self._kind:
+                self._found[line["seed"], line["budget"], line["method"]] = line["figures"]
+
+    def __contains__(self, key: tuple[int, float, str]) -> bool:
+        return key in self._found
+
+    def note(self, seed: int, budget: float, method: str, figures: Figures) -> None:
+        """Add a method's figures."""
+        self._found[seed, budget, method] = figures
+        line = {"kind": self._kind, "seed": seed, "budget": budget, "method": method}
+        with self._path.open("a") as file:
+            file.write(json.dumps({**line, "figures": figures}) + "\n")
+
+    def entries(self) -> dict[tuple[float, str], list[Figures]]:
+        """Figures of all seeds by budget and method."""
+        found: dict[tuple[float, str], list[Figures]] = {}
+        for (_, budget, method), figures in self._found.items():
+            found.setdefault((budget, method), []).append(figures)
+        return found
 
 
 def _options() -> argparse.Namespace:
@@ -113,6 +156,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", help="only those whose name holds a word")
     parser.add_argument("--handbook", type=Path, help="folder of the handbook's English pages")
     parser.add_argument("--gsm8k-only", action="store_true")
+    parser.add_argument("--journal", type=Path, default=JOURNAL)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--no-file", action="store_true", help="print only")
     return parser.parse_args()
 
@@ -140,9 +185,9 @@ def measure(
     options: argparse.Namespace,
     seed: int,
     budget: float,
-    found: dict[tuple[float, str], list[dict[str, float]]],
+    found: Journal,
 ) -> None:
-    """All methods at one budget with one seed; adds their figures."""
+    """All methods at one budget with one seed that the journal lacks."""
     choice = calibration.Choice(options.samples, options.length, seed)
     settings = FlowSettings(
         budget=budget, m=WIDTHS, samples=options.samples, length=options.length, seed=seed,
@@ -155,12 +200,15 @@ def measure(
     text_loss = compare.held_out_loss(study, program, held_out)
     answer_loss = compare.held_out_loss(study, program, answers)
     dense, dense_answers = text_loss({}), answer_loss({})
-    _note(found, (budget, "dense"), math.exp(dense), -dense_answers, 0.0)
+    if (seed, budget, "dense") not in found:
+        found.note(seed, budget, "dense", _figures(math.exp(dense), -dense_answers, 0.0))
     print(f"seed {seed}, budget {budget:g}: dense {math.exp(dense):.2f}, answers "
           f"{-dense_answers:.4f}", flush=True)  # fmt: skip
     lines: list[compare.Line] = []
     for method in compare.methods(study, widths=WIDTHS):
         if options.methods and not any(word in method.name for word in options.methods):
+            continue
+        if (seed, budget, method.name) in found:
             continue
         start = time.perf_counter()
         made = method.make()
@@ -168,7 +216,8 @@ def measure(
         seconds = time.perf_counter() - start + study.seconds["measure"]
         line = compare.line(study, method.name, result, text_loss)
         log_likelihood = -answer_loss(compare.weights_of(study, result))
-        _note(found, (budget, method.name), math.exp(line.held_out), log_likelihood, seconds)
+        figures = _figures(math.exp(line.held_out), log_likelihood, seconds)
+        found.note(seed, budget, method.name, figures)
         print(f"  {method.name:26} sparsity {line.sparsity:.4f} perplexity "
               f"{math.exp(line.held_out):8.1f} answers {log_likelihood:.4f} {seconds:.0f} s",
               flush=True)  # fmt: skip
@@ -176,15 +225,8 @@ def measure(
     print(compare.text(lines, dense), flush=True)
 
 
-def _note(
-    found: dict[tuple[float, str], list[dict[str, float]]],
-    key: tuple[float, str],
-    perplexity: float,
-    answers: float,
-    seconds: float,
-) -> None:
-    entry = {"perplexity": perplexity, "answers": answers, "seconds": seconds}
-    found.setdefault(key, []).append(entry)
+def _figures(perplexity: float, answers: float, seconds: float) -> Figures:
+    return {"perplexity": perplexity, "answers": answers, "seconds": seconds}
 
 
 def _sequences(
@@ -208,7 +250,7 @@ def _answers(tokenizer: Any, problems: Sequence[tuple[str, str]], device: torch.
 
 
 def write(
-    found: dict[tuple[float, str], list[dict[str, float]]],
+    found: dict[tuple[float, str], list[Figures]],
     texts: Texts,
     options: argparse.Namespace,
 ) -> None:
@@ -237,11 +279,11 @@ def write(
         f"Answers: mean log-likelihood of the worked answers of {len(texts.problems)} problems of "
         "GSM8K, given the question.",
     ]
-    results.write("flow_quality", "flow", rows, Path(__file__).parent / "results", notes=notes)
+    results.write("flow_quality", "flow", rows, options.out, notes=notes)
 
 
 def _peer(
-    found: dict[tuple[float, str], list[dict[str, float]]], budget: float, method: str
+    found: dict[tuple[float, str], list[Figures]], budget: float, method: str
 ) -> tuple[str, float] | None:
     start = PEERS.get(method)
     names = [m for b, m in found if b == budget and start and m.startswith(f"{start} ")]

@@ -36,6 +36,8 @@ _KERNELS = {
     "fxgraft.gated_activation": "Triton",
     "fxgraft.linear_attention": "Triton",
     "fxgraft.linear_attention_slots": "Triton",
+    "fxgraft.steer": "Triton",
+    "fxgraft.token_automaton_slots": "Triton",
 }
 
 

@@ -26,13 +26,16 @@ Raises:
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
+from torch.fx import Node
 
 from fxgraft.errors import InputError
 from fxgraft.kernels.accelerate import on_cuda
 from fxgraft.kernels.define import define
-from fxgraft.kernels.spec import OpSpec, State
+from fxgraft.kernels.spec import InPlace, OpSpec, State, argument
 from fxgraft.kernels.token_automaton import cost, reference
 
 
@@ -60,8 +63,7 @@ def _token_automaton(
     *,
     initial: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    if input_ids.device.type == "cpu":
-        _check(input_ids, next_state.shape[1] if classes is None else classes.shape[0])
+    check_ids(input_ids, next_state, classes)
     return reference.token_automaton(input_ids, next_state, fire, state, classes, initial=initial)
 
 
@@ -81,7 +83,15 @@ def _cuda(
     return triton.token_automaton(input_ids, next_state, fire, state, classes, initial=initial)
 
 
-def _check(input_ids: Tensor, vocabulary: int) -> None:
+def check_ids(input_ids: Tensor, next_state: Tensor, classes: Tensor | None) -> None:
+    """Refuse token ids on the CPU that the tables have no column for.
+
+    Raises:
+        InputError: an id is out of range.
+    """
+    if input_ids.device.type != "cpu":
+        return
+    vocabulary = next_state.shape[1] if classes is None else classes.shape[0]
     wrong = (input_ids < 0) | (input_ids >= vocabulary)
     if bool(wrong.any()):
         raise InputError(
@@ -91,6 +101,12 @@ def _check(input_ids: Tensor, vocabulary: int) -> None:
         )
 
 
+def _in_place(node: Node, masks: Collection[Node]) -> InPlace:
+    names = ("input_ids", "next_state", "fire", "classes")
+    target = torch.ops.fxgraft.token_automaton_slots.default
+    return InPlace(target, {name: argument(node, name) for name in names})
+
+
 SPEC = define(
     OpSpec(
         name="token_automaton",
@@ -98,6 +114,7 @@ SPEC = define(
         reference=reference.token_automaton,
         flops=cost.flops,
         states=(State("automaton", "state", "fixed", output=1),),
+        in_place=_in_place,
     ),
     "(Tensor input_ids, Tensor next_state, Tensor fire, Tensor? state=None, "
     "Tensor? classes=None, *, int initial=0) -> (Tensor, Tensor)",

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fxgraft.kernels.steer import reference as steer_reference
 from fxgraft.kernels.token_automaton import reference as automaton_reference
+from fxgraft.kernels.token_automaton_slots import reference as slots_reference
 from tests.kernels._helpers import randn
 from tests.kernels._interpreter import DEVICE, RUNS_KERNELS, prepare
 
@@ -120,3 +121,25 @@ def test_token_automaton(
     arguments: Any = given
     expected = automaton_reference.token_automaton(*arguments, initial=2)
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("length", [1, 7])
+@pytest.mark.parametrize("with_classes", [False, True])
+def test_token_automaton_slots(with_classes: bool, length: int) -> None:
+    """Fresh, running and absent rows; slots of no row keep what they hold."""
+    generator = torch.Generator().manual_seed(length)
+    next_state = torch.randint(5, (5, 7), generator=generator)
+    fire = torch.rand(5, 7, generator=generator) < 0.4
+    classes = torch.randint(7, (7,), generator=generator) if with_classes else None
+    ids = torch.randint(7, (4, length), generator=generator)
+    pool = torch.randint(5, (6,), generator=generator)
+    slots, past = torch.tensor([4, 2, -1, 5]), torch.tensor([3, 0, 3, -1], dtype=torch.int32)
+    here = [t.to(DEVICE) for t in (ids, next_state, fire)]
+    place = [pool.clone().to(DEVICE), slots.to(DEVICE), past.to(DEVICE)]
+    where = None if classes is None else classes.to(DEVICE)
+    found = automata.token_automaton_slots(*here, *place, where)
+    expected = slots_reference.token_automaton_slots(
+        ids, next_state, fire, pool, slots, past, classes
+    )
+    assert torch.equal(found.cpu()[[0, 1]], expected[[0, 1]])
+    assert torch.equal(place[0].cpu(), pool)

@@ -11,9 +11,11 @@ from torch.export import Dim
 
 from fxgraft.errors import InputError
 from fxgraft.kernels.token_automaton.op import SPEC
+from fxgraft.kernels.token_automaton_slots.op import SPEC as SLOTS
 from tests.kernels._helpers import call_node, check_export, op_of, opcheck, values
 
 token_automaton = op_of(SPEC)
+token_automaton_slots = op_of(SLOTS)
 VOCABULARY = 11
 
 
@@ -127,3 +129,25 @@ def test_state_is_declared() -> None:
 
 def test_flops() -> None:
     assert SPEC.flops(call_node(SPEC, _ids(1, 2), *_tables(2))) == 0
+
+
+@pytest.mark.parametrize("length", [1, 6])
+def test_slots(length: int) -> None:
+    """As the op on states that are read and written apart."""
+    tables, ids = _tables(4), _ids(4, length)
+    pool, slots = torch.tensor([0, 3, 2, 1, 3, 2]), torch.tensor([4, 2, 0, 5])
+    past = torch.tensor([9, 0, -1, 1], dtype=torch.int32)
+    fired, last = token_automaton(ids, *tables, torch.tensor([3, 0, 0, 2]))
+    opcheck(SLOTS, ids, *tables, pool, slots, past)
+    found = token_automaton_slots(ids, *tables, pool, slots, past)
+    assert torch.equal(found[[0, 1, 3]], fired[[0, 1, 3]])
+    assert values(pool) == [0, 3, int(last[1]), 1, int(last[0]), int(last[3])]
+
+
+def test_slots_refuse_what_does_not_fit() -> None:
+    tables, pool = _tables(4), torch.zeros(3, dtype=torch.int64)
+    slots, past = torch.tensor([1, 2]), torch.zeros(2, dtype=torch.int32)
+    with pytest.raises(InputError, match=r"slots is \[1\] for a batch of 2"):
+        token_automaton_slots(_ids(2, 1), *tables, pool, slots[:1], past)
+    with pytest.raises(InputError, match="token id 11"):
+        token_automaton_slots(_ids(2, 1) * 0 + VOCABULARY, *tables, pool, slots, past)
