@@ -21,6 +21,7 @@ from fxgraft.paged_model import PagedModel
 from fxgraft.runtime.engine.batch import Batch
 from fxgraft.runtime.engine.conversion import Conversion, active_ops
 from fxgraft.runtime.engine.failures import as_error, not_finite
+from fxgraft.runtime.engine.full_chunk import FullChunk
 from fxgraft.runtime.engine.image_encoder import ImageEncoder
 from fxgraft.runtime.engine.memory import Holding, StateMemory
 from fxgraft.runtime.engine.options import EngineOptions
@@ -71,17 +72,13 @@ class Engine:
         self.model: PagedModel = built.model
         self.max_context = built.max_context
         self.memory: StateMemory = built.memory
-        self.batch = Batch(
-            self.model,
-            self.options.max_batch,
-            self.memory.pages_for(built.max_context) + 1,
-            compiled.row_bucket,
-            compiled.capture_step,
-        )
+        pages, capture = self.memory.pages_for(built.max_context) + 1, compiled.capture_step
+        self.batch = Batch(self.model, self.options.max_batch, pages, compiled.row_bucket, capture)
         self.counters = Counters()
         self.waiting: deque[Request] = deque()
         self.image_encoder = ImageEncoder(compiled)
-        self.prefill = Prefill(self.model, self.memory, self.options)
+        self._full_chunk = FullChunk(self.model, self.options.chunk_tokens, pages, capture)
+        self.prefill = Prefill(self.model, self.memory, self.options, self._full_chunk)
         on_gpu = self.model.device.type == "cuda"
         self._ahead = self.options.lookahead if self.options.lookahead is not None else on_gpu
         self._pending: deque[Pending] = deque()
@@ -192,9 +189,10 @@ class Engine:
         self._pending.clear()
 
     def warm_up(self) -> None:
-        """Prepare the steps over every number of rows, so that no request waits for it."""
+        """Prepare full chunks and steps over every number of rows, so that no request waits."""
         if self.model.paged.needs_mask:
             return
+        self._full_chunk.prepare()
         rows = {self.batch.bucket(count) for count in range(1, self.options.max_batch + 1)}
         for count in sorted(rows):
             self.batch.prepare(count)

@@ -14,6 +14,7 @@ from fxgraft.images import EMBEDS
 from fxgraft.paged_model import PagedModel, Rows
 from fxgraft.runtime.engine.batch import request_values, table_of, upload
 from fxgraft.runtime.engine.failures import as_error
+from fxgraft.runtime.engine.full_chunk import FullChunk
 from fxgraft.runtime.engine.memory import StateMemory
 from fxgraft.runtime.engine.options import EngineOptions
 from fxgraft.runtime.engine.prefix import block_keys
@@ -28,10 +29,18 @@ class Prefill:
         model: the paged model.
         memory: where requests' state lies.
         options: of the engine.
+        full_chunk: computes full chunks.
     """
 
-    def __init__(self, model: PagedModel, memory: StateMemory, options: EngineOptions) -> None:
+    def __init__(
+        self,
+        model: PagedModel,
+        memory: StateMemory,
+        options: EngineOptions,
+        full_chunk: FullChunk,
+    ) -> None:
         self.model, self.memory, self.options = model, memory, options
+        self._full_chunk = full_chunk
         self.requests: deque[Request] = deque()
         self._logits: dict[Request, Tensor] = {}
 
@@ -110,16 +119,16 @@ class Prefill:
         start, end = request.past, request.past + count
         device = self.model.device
         tokens = np.array([request.known[start:end]], dtype=np.int64)
-        logits = self.model(
-            Rows(
-                upload(tokens, device),
-                torch.full((1,), start, dtype=torch.int32, device=device),
-                torch.full((1,), holding.slot, dtype=torch.int64, device=device),
-                [upload(table[:, None], device) for table in table_of(holding)],
-                start,
-                self._inputs(request, start, end),
-            )
+        rows = Rows(
+            upload(tokens, device),
+            torch.full((1,), start, dtype=torch.int32, device=device),
+            torch.full((1,), holding.slot, dtype=torch.int64, device=device),
+            [upload(table[:, None], device) for table in table_of(holding)],
+            start,
+            self._inputs(request, start, end),
         )
+        take_in = self._full_chunk if self._full_chunk.takes(rows) else self.model
+        logits = take_in(rows)
         request.past = end
         # Before blocks outside a window are let go.
         self.keep_prefix(request)

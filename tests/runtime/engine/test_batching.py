@@ -9,6 +9,7 @@ import torch
 
 from fxgraft.generation.options import SamplingOptions
 from fxgraft.runtime.engine import Request
+from fxgraft.runtime.engine.full_chunk import FullChunk
 from tests.runtime.engine._models import (
     BLOCK,
     alone,
@@ -191,3 +192,29 @@ def test_engine_leaves_the_compiled_model_alone() -> None:
     engine.close()
     after = compiled("llama").generate([prompt(5)], max_new_tokens=4, eos_token_id=[])
     assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_full_chunks_are_prepared_once(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two calls serve all of them, also of other requests; what is left is computed directly."""
+    calls: list[int] = []
+    monkeypatch.setattr(FullChunk, "_captured", lambda self, call: calls.append(1) or call)
+    engine = engine_of(family, prefix_reuse=False)
+    engine.warm_up()
+    requests = [engine.submit(prompt(length, length), greedy(4)) for length in (8, 27, 16)]
+    run(engine)
+    assert answers(requests) == [alone(family, prompt(n, n), greedy(4)) for n in (8, 27, 16)]
+    assert len(calls) == (0 if engine.model.paged.needs_mask else 2)
+
+
+def test_a_chunk_that_cannot_be_captured_is_launched(caplog: pytest.LogCaptureFixture) -> None:
+    engine = engine_of("llama")
+
+    def refuses(step: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    engine._full_chunk._capture = refuses  # pyright: ignore
+    request = engine.submit(prompt(9), greedy(4))
+    run(engine)
+    assert answers([request]) == [alone("llama", prompt(9), greedy(4))]
+    assert "kernel by kernel" in caplog.text
