@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from fxgraft.generation.processors import History
-from fxgraft.generation.sampling import likeliest, sample
+from fxgraft.generation.sampling import sample
 from fxgraft.generation.unread import UnreadTokens
+from fxgraft.kernels.greedy_step.reference import likeliest
 from fxgraft.runtime.engine.batch import Batch
 from fxgraft.runtime.engine.request import Request
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fxgraft.generation.prompts import integers
-from fxgraft.generation.sampling import likeliest
 from fxgraft.paging import PagedProgram
 from fxgraft.stepping import neutral
 
@@ -139,10 +138,8 @@ class PagedModel:
             Logits [B, V].
         """
         logits = self(rows)
-        chosen.copy_(likeliest(logits))
-        rows.input_ids[:, 0] = chosen.clamp(min=0)
-        past = rows.past
-        past += past >= 0
+        step = cast(Any, torch.ops).fxgraft.greedy_step
+        step(logits, rows.input_ids[:, 0], rows.past, chosen)
         return logits
 
     def _mask(self, rows: Rows, new: int) -> Tensor:

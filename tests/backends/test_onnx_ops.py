@@ -319,7 +319,7 @@ def test_every_op_is_tested_here() -> None:
         "append_pages", "read_slots", "write_slots", "choose_rows", "paged_attention",
         "paged_attention_mass",
     }  # fmt: skip
-    paged |= {"linear_attention_slots", "token_automaton_slots", "fused_linear"}
+    paged |= {"linear_attention_slots", "token_automaton_slots", "fused_linear", "greedy_step"}
     # Need a whole model, and have one in test_nm_linear.py and test_seal_onnx.py.
     elsewhere = {"nm_linear", "token_automaton"}
     assert named | paged | elsewhere == set(specs())

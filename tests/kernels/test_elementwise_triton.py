@@ -1,4 +1,4 @@
-"""The Triton kernels of ``fxgraft::rms_norm`` and ``fxgraft::gated_activation``."""
+"""The Triton kernels of ``rms_norm``, ``gated_activation`` and ``greedy_step``."""
 
 # The kernels' modules are imported only where they can run.
 # pyright: reportPossiblyUnboundVariable=false
@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from fxgraft.kernels.gated_activation import reference as gated_reference
+from fxgraft.kernels.greedy_step import reference as greedy_reference
+from fxgraft.kernels.greedy_step.op import SPEC as GREEDY_STEP
 from fxgraft.kernels.launch import row_layout
 from fxgraft.kernels.rms_norm import reference as norm_reference
-from tests.kernels._helpers import randn
+from tests.kernels._helpers import opcheck, randn
 from tests.kernels._interpreter import DEVICE, RUNS_KERNELS, prepare
 
 prepare()
@@ -25,6 +27,9 @@ pytestmark = [
 ]
 gated: Any = (
     importlib.import_module("fxgraft.kernels.gated_activation.triton") if RUNS_KERNELS else None
+)
+greedy: Any = (
+    importlib.import_module("fxgraft.kernels.greedy_step.triton") if RUNS_KERNELS else None
 )
 norm: Any = importlib.import_module("fxgraft.kernels.rms_norm.triton") if RUNS_KERNELS else None
 
@@ -109,3 +114,36 @@ def test_which_inputs_are_taken() -> None:
 )
 def test_row_layout(x: Tensor, layout: tuple[int, int, int] | None) -> None:
     assert row_layout(x) == layout
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "vocabulary"), [(1, 5), (3, 8200), (4, 33)])
+def test_greedy_step(rows: int, vocabulary: int, dtype: torch.dtype) -> None:
+    """Ties take the first; rows with NaN or inf take none; rows without a request do not count."""
+    logits = _device(rows, vocabulary, dtype=dtype).round()
+    for row, value in enumerate((None, float("nan"), float("inf"))[:rows]):
+        if value is not None:
+            logits[row, vocabulary // 2] = value
+    found, expected = (
+        (
+            torch.full((rows, 2), 9, device=DEVICE)[:, 0],
+            torch.arange(rows, dtype=torch.int32, device=DEVICE) - 1,
+            torch.full((rows,), 9, device=DEVICE),
+        )
+        for _ in range(2)
+    )
+    greedy.greedy_step(logits, *found)
+    greedy_reference.greedy_step(logits, *expected)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert found[1][0] == -1
+    assert (found[2] == -1).tolist() == [False, True, True, False][:rows]
+
+
+def test_greedy_step_is_an_op() -> None:
+    logits = _device(2, 11, dtype=torch.float32)
+    past = torch.zeros(2, dtype=torch.int32, device=DEVICE)
+    ids, chosen = torch.zeros(2, 2, dtype=torch.int64, device=DEVICE)
+    opcheck(GREEDY_STEP, logits, ids, past, chosen)
+    torch.ops.fxgraft.greedy_step(logits, ids, past, chosen)
+    assert torch.equal(ids, logits.argmax(-1))
+    assert past.tolist() == [1, 1]

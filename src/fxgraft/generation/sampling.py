@@ -46,12 +46,6 @@ def sample(
     return tokens
 
 
-def likeliest(logits: Tensor) -> Tensor:
-    """The likeliest token of each row int64 [B]; -1 where a logit is NaN or the largest inf."""
-    best, index = logits.max(dim=-1)
-    return torch.where(best.isfinite(), index, -1)
-
-
 def draw(scores: Tensor, uniform: Tensor) -> Tensor:
     """Tokens at given quantiles of softmax(scores), by inversion of the distribution function.
 
