@@ -112,7 +112,7 @@ def step_of(engine: Engine, batch: int, context: int) -> Callable[[], object]:
     return step
 
 
-def prompt_of(engine: Engine, shape: Shape, batch: int) -> Callable[[], object]:
+def prompt_of(engine: Engine, shape: Shape, batch: int) -> Callable[[], torch.Tensor]:
     """A call that takes in whole prompts of ``batch`` requests."""
     fill(engine, batch, shape.prompt)
     held = engine.batch

@@ -8,10 +8,11 @@ recurrent call for a key of twice the width, whose gates, mixing and norm are Py
 
 Prefill: bfloat16, batch 1, both states; peers are SDPA and fla's chunk_gla with ONE state.
 
-    python benchmarks/dsla_kernels_gpu.py
-    python benchmarks/dsla_kernels_gpu.py --tile    # time of every tile of the decode kernel
+    python benchmarks/dsla_kernels_gpu.py [--out FOLDER]
 
-Without flash-linear-attention (the package ``flash-linear-attention``) its columns are left out.
+The result file is written anew after each part, so that what was measured is kept whenever it
+ends. Kernels are compiled before, in several processes. Without flash-linear-attention (the
+package ``flash-linear-attention``) its columns are left out.
 """
 
 from __future__ import annotations
@@ -19,7 +20,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import multiprocessing
+import os
+import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +37,6 @@ from torch.nn.functional import logsigmoid, rms_norm, scaled_dot_product_attenti
 
 from fxgraft import results
 from fxgraft.kernels.linear_attention import reference
-from fxgraft.kernels.linear_attention import triton as kernels
 from fxgraft.kernels.linear_attention.deferred import Ring, deferred_step
 from fxgraft.kernels.tuning import measure
 
@@ -45,23 +49,68 @@ DECODE_RATIOS = {1: 5.0, 8: 3.0, 64: 1.3}
 PREFILL_TARGETS = {8192: 0.45e-3, 32768: 1.7e-3}
 BANDWIDTH_TARGET, DEFERRED_RATIO, RING = 0.96, 1.5, 16
 _CACHE = 256e6  # more than an L2 cache holds
+_FLA_JOBS = 8  # processes that compile fla's variants
 fx = cast(Any, torch.ops).fxgraft
 
 
 def main() -> None:
-    """Measure and write the result file, or print tiles."""
+    """Measure, and write the result file after each part."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--tile", action="store_true")
-    if parser.parse_args().tile:
-        tiles()
-        return
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    folder = parser.parse_args().out
+    prepare()
     bandwidth = copy_bandwidth()
     print(f"copy {bandwidth / 1e12:.3f} TB/s", flush=True)
     rows = [results.row("device copy", bandwidth / 1e12, "TB/s", better="higher")]
-    rows += [*decode_rows(bandwidth), *deferred_rows(), *prefill_rows()]
     notes = [] if has_fla() else ["flash-linear-attention was not installed: no peer for decode"]
-    folder = Path(__file__).parent / "results"
-    results.write("dsla_kernels_gpu", "dsla", rows, folder, notes=notes)
+    for part in (decode_rows(bandwidth), deferred_rows(), prefill_rows(), fla_prefill_rows()):
+        rows += part
+        results.write("dsla_kernels_gpu", "dsla", rows, folder, notes=notes)
+
+
+def prepare() -> None:
+    """Compile all kernels, in processes of their own."""
+    jobs: list[tuple[str, int]] = [("decode", batch) for batch in DECODE_TARGETS]
+    jobs += [("prefill", 0), ("backward", 0)]
+    if has_fla():
+        jobs += [("fla decode", 0), *(("fla prefill", number) for number in range(_FLA_JOBS))]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(len(jobs), os.cpu_count() or 1), context) as pool:
+        list(pool.map(_compile, jobs))
+
+
+def _compile(job: tuple[str, int]) -> None:
+    """Run the kernels of a job once: (kind, batch or number of the process)."""
+    kind, number = job
+    if kind == "decode":
+        deferred_calls(number, 1)[0]()
+        _decode_call(number, ours_in_place)()
+    elif kind == "fla decode":
+        _decode_call(1, fla_composition)()
+    elif kind == "prefill":
+        fx.linear_attention(*Tokens.make(1, 2048).arguments, **OPTIONS)
+    elif kind == "backward":
+        backward_seconds(Tokens.make(1, 2048), 1)
+    else:
+        _fla("chunk_gla")
+        for tuner in _tuners():
+            tuner.configs = tuner.configs[number::_FLA_JOBS] or tuner.configs[:1]
+        chunk_gla(Tokens.make(1, 2048))
+    torch.cuda.synchronize()
+
+
+def _tuners() -> list[Any]:
+    """Those of fla's kernels that are loaded."""
+    from triton.runtime.autotuner import Autotuner
+
+    found: dict[int, Any] = {}
+    modules = [module for name, module in sys.modules.items() if name.startswith("fla.")]
+    for value in [value for module in modules for value in vars(module).values()]:
+        while hasattr(value, "fn"):
+            if isinstance(value, Autotuner):
+                found[id(value)] = value
+            value = value.fn
+    return list(found.values())
 
 
 def has_fla() -> bool:
@@ -136,18 +185,23 @@ def deferred_rows() -> Iterator[results.Row]:
 
 def deferred_seconds(batch: int) -> float:
     """Seconds per call, averaged over filling a ring once."""
+    calls = deferred_calls(batch, max(2, int(_CACHE // state_bytes(batch)) + 1))
+    # Neighbours in this order use different layers, so that no state is found in the cache.
+    return measure([call for held in range(RING) for call in calls[held::RING]])
+
+
+def deferred_calls(batch: int, layers: int) -> list[Callable[[], object]]:
+    """Calls that fill a ring once, one layer's after the other's."""
     slots = torch.arange(1, batch + 1, device="cuda")
     calls: list[Callable[[], object]] = []
-    for _ in range(max(2, int(_CACHE // state_bytes(batch)) + 1)):
+    for _ in range(layers):
         tokens, pool = Tokens.make(batch, 1), _pool(batch)
         ring = Ring.empty(pool, RING)
         for held in range(RING):
             past = torch.full((batch,), RING + held, dtype=torch.int32, device="cuda")
             given = (*tokens.arguments, pool, ring, slots, past)
             calls.append(partial(deferred_step, *given, **OPTIONS))
-    # Neighbours in this order use different layers, so that no state is found in the cache.
-    ordered = [call for held in range(RING) for call in calls[held::RING]]
-    return measure(ordered)
+    return calls
 
 
 def state_bytes(batch: int) -> int:
@@ -197,10 +251,13 @@ def fla_composition(
 def decode_seconds(batch: int, make: Decode) -> float:
     """Seconds per call, over enough layers that no state is found in the cache."""
     count = max(4, int(_CACHE // (2 * state_bytes(batch))) + 1)
+    return measure([_decode_call(batch, make) for _ in range(count)])
+
+
+def _decode_call(batch: int, make: Decode) -> Callable[[], object]:
     slots = torch.arange(1, batch + 1, device="cuda")
     past = torch.full((batch,), 9, dtype=torch.int32, device="cuda")
-    calls = [make(Tokens.make(batch, 1), _pool(batch), slots, past) for _ in range(count)]
-    return measure(calls)
+    return make(Tokens.make(batch, 1), _pool(batch), slots, past)
 
 
 def _pool(batch: int) -> Tensor:
@@ -242,10 +299,20 @@ def prefill_rows() -> Iterator[results.Row]:
             f"{softmax * 1e3:.3f} ms", flush=True,
         )  # fmt: skip
         yield milliseconds(name, ours, ("SDPA, causal", softmax), PREFILL_TARGETS.get(length))
-        if has_fla():
-            peer = measure([partial(chunk_gla, tokens)] * 3)
-            yield milliseconds(f"{name}, again", ours, ("fla chunk_gla, one state", peer), None)
         yield milliseconds(f"{name}: backward", backward_seconds(tokens), None, None)
+
+
+def fla_prefill_rows() -> Iterator[results.Row]:
+    """The longer prompts again, against fla, which tunes its kernels first."""
+    if not has_fla():
+        return
+    for length in PREFILL_TARGETS:
+        tokens = Tokens.make(1, length)
+        ours = measure([partial(fx.linear_attention, *tokens.arguments, **OPTIONS)] * 3)
+        peer = measure([partial(chunk_gla, tokens)] * 3)
+        print(f"prefill, {length} tokens: fla's chunk_gla {peer * 1e3:.3f} ms", flush=True)
+        name = f"prefill, {length} tokens, both states, again"
+        yield milliseconds(name, ours, ("fla chunk_gla, one state", peer), None)
 
 
 def chunk_gla(tokens: Tokens) -> object:
@@ -291,18 +358,6 @@ def backward_seconds(tokens: Tokens, repeats: int = 5) -> float:
         end.synchronize()
         times.append(begin.elapsed_time(end) / 1e3)
     return sorted(times)[repeats // 2]
-
-
-def tiles() -> None:
-    """Print the decode kernel's time for each number of columns per program."""
-    chosen = kernels.value_columns
-    for batch in DECODE_TARGETS:
-        for columns in (16, 32, 64, 128):
-            kernels.value_columns = lambda *sizes, columns=columns: columns
-            seconds = decode_seconds(batch, ours_in_place)
-            print(f"batch {batch}, {columns} columns: {seconds * 1e6:.1f} us", flush=True)
-        kernels.value_columns = chosen
-        print(f"batch {batch}, chosen: {decode_seconds(batch, ours_in_place) * 1e6:.1f} us")
 
 
 if __name__ == "__main__":

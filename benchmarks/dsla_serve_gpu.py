@@ -216,7 +216,7 @@ def crunch(smoke: bool) -> Figures:
     context = 128 if smoke else 20_480
     arrivals = _arrivals(12 if smoke else 160, smoke)
     found: list[Figures] = []
-    for rate in (50.0,) if smoke else (0.5, 1.0, 2.0):
+    for rate in (50.0,) if smoke else (1.0, 4.0, 6.0):
         for name in ("softmax", "policy"):
             policy = DslaServe(program, Rules(), context) if name == "policy" else None
             engine = Engine(compiled, EngineOptions(

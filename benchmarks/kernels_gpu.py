@@ -36,7 +36,9 @@ def main() -> None:
     """Measure and write the result file, or tune."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--tune", action="store_true")
-    if parser.parse_args().tune:
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    options = parser.parse_args()
+    if options.tune:
         for line in linear.tune((*linear.SHAPES, *linear.MORE_SHAPES)):
             print(line, flush=True)
         print(f"written to {TABLE.path}")
@@ -46,7 +48,7 @@ def main() -> None:
     rows = [results.row("device copy", bandwidth / 1e12, "TB/s", better="higher")]
     for part in (linear_rows, attention_rows, small_rows):
         rows += part(bandwidth)
-    results.write("kernels_gpu", "engine", rows, Path(__file__).parent / "results")
+        results.write("kernels_gpu", "engine", rows, options.out)
 
 
 def copy_bandwidth() -> float:

@@ -7,6 +7,7 @@ layers' projections sparse, on our own engine, next to the same model dense.
 
     python benchmarks/nm_gpu.py
     python benchmarks/nm_gpu.py --tune          # choose configurations, into the user's table
+    python benchmarks/nm_gpu.py --tune --ship   # and into the package's
     python benchmarks/nm_gpu.py --part kernels  # or many, model
 """
 
@@ -32,19 +33,24 @@ FLOOR_SHARE, DENSE_SHARE = 0.80, 0.97
 GAINS = {(2, 4): 1.4, (4, 8): 1.3, (2, 8): 2.5}
 MODEL_GAINS = {(4, 8): 1.3, (2, 8): 2.0}
 CONTEXT = 512
-_TUNED_ROWS = (*nm.FEW_ROWS, *nm.MANY_ROWS)
+_TUNED_ROWS = (1, 2, 4, 8)
 
 
 def main() -> None:
     """Measure and write the result file, or tune."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--ship", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--part", choices=("kernels", "many", "model"), action="append")
     chosen = parser.parse_args()
     if chosen.tune:
         for line in nm.tune(nm.SHAPES, _TUNED_ROWS):
             print(line, flush=True)
         print(f"written to {TABLE.path}")
+        if chosen.ship:
+            nm.ship()
+            print(f"and to {TABLE.shipped}")
         return
     bandwidth = copy_bandwidth()
     rows = [results.row("device copy", bandwidth / 1e12, "TB/s", better="higher")]
@@ -52,11 +58,12 @@ def main() -> None:
     for name, part in parts.items():
         if not chosen.part or name in chosen.part:
             rows += part(bandwidth)
-            results.write("nm_gpu", "flow", rows, Path(__file__).parent / "results")
+            results.write("nm_gpu", "flow", rows, chosen.out)
 
 
 def few_rows(bandwidth: float) -> Iterator[results.Row]:
     """Layers of 1 to 8 rows: times, and for one row the gain over cuBLAS."""
+    nm.prepare(nm.chosen(nm.FEW_ROWS))
     for inner, features in nm.SHAPES:
         dense = {count: nm.dense_seconds(inner, features, count) for count in nm.FEW_ROWS}
         for pattern in nm.PATTERNS:
@@ -80,6 +87,7 @@ def few_rows(bandwidth: float) -> Iterator[results.Row]:
 
 def many_rows(bandwidth: float) -> Iterator[results.Row]:
     """Layers of many rows, never to be slower than dense; 2:4 also through cuSPARSELt."""
+    nm.prepare(nm.chosen(nm.MANY_ROWS))
     for (inner, features), pattern in product(((4096, 12288), (14336, 4096)), nm.PATTERNS):
         layer = nm.Layer.make(inner, features, pattern)
         for count in nm.MANY_ROWS:

@@ -150,9 +150,12 @@ def decode_times(shape: Shape, compiled: dict[str, Any], batch: int, context: in
 
 
 def prompt_times(shape: Shape, compiled: dict[str, Any], batch: int) -> Times:
-    """Whole prompts of all variants."""
+    """Whole prompts of all variants, in CUDA graphs."""
     engines = {name: engine_of(shape, one, batch, shape.prompt) for name, one in compiled.items()}
-    calls = {name: prompt_of(engine, shape, batch) for name, engine in engines.items()}
+    calls = {
+        name: captured(prompt_of(engine, shape, batch), shape.device)
+        for name, engine in engines.items()
+    }
     found = interleaved(calls, shape.device)
     del engines, calls
     release(shape.device)

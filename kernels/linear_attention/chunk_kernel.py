@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from fxgraft.kernels.launch import wait_for_inputs
-from fxgraft.kernels.linear_attention.gate_kernel import log_decay, write_factor
+from fxgraft.kernels.linear_attention.gate_kernel import log2_decay, write_factor
 from fxgraft.kernels.linear_attention.loads_kernel import slot_of
 
 
@@ -55,30 +55,49 @@ def decayed_keys(
     keys, gates, mask, token, end, wide, key_token, gate_token,
     KEY_DIM: tl.constexpr, WIDTH: tl.constexpr,
     TEMPERATURE: tl.constexpr, FLOOR: tl.constexpr, SCALES_WRITES: tl.constexpr,
+    FAST: tl.constexpr,
 ):  # fmt: skip
-    """What the tokens of a chunk write, and the sums of their log decays.
+    """What the tokens of a chunk write, and their log decays, to base 2.
 
     Args:
         keys, gates: pointers to [wide] of token 0.
         mask: pointer to token 0's, or None.
         token, end: [C] and the first token that is not of the sequence.
         wide: [K], rows of the state.
+        FAST: of ``log2_decay``.
 
     Returns:
-        Keys [C, K], running sums [C, K], and the whole sum [K].
+        Keys [C, K], 0 behind the end, and log decays [C, K], which are anything there.
     """
     inside = (token < end)[:, None] & (wide < WIDTH)[None, :]
-    channel = wide % KEY_DIM
-    k = tl.load(keys + token[:, None] * key_token + channel[None, :], mask=inside, other=0.0)
-    logits = tl.load(gates + token[:, None] * gate_token, mask=inside, other=0.0)
-    k, decay = k.to(tl.float32), log_decay(logits.to(tl.float32), TEMPERATURE, FLOOR)
+    k = tl.load(keys + token[:, None] * key_token + (wide % KEY_DIM)[None, :], mask=inside, other=0)
+    logits = tl.load(gates + token[:, None] * gate_token, mask=inside, other=0)
+    decay = log2_decay(logits.to(tl.float32), TEMPERATURE, FLOOR, FAST)
+    k = k.to(tl.float32)
     if SCALES_WRITES:
-        k *= write_factor(decay)
+        k *= write_factor(decay * 0.6931471805599453)
     if mask is not None:
-        is_real = tl.load(mask + token, mask=token < end, other=0) != 0
-        inside = inside & is_real[:, None]
-    k, decay = tl.where(inside, k, 0.0), tl.where(inside, decay, 0.0)
-    return k, tl.cumsum(decay, axis=0), tl.sum(decay, axis=0)
+        is_real = (tl.load(mask + token, mask=token < end, other=0) != 0)[:, None]
+        k, decay = tl.where(is_real, k, 0.0), tl.where(is_real, decay, 0.0)
+    return k, decay
+
+
+@triton.jit
+def running_sums(decay, FAST: tl.constexpr):
+    """Sums of [C, K] over the first dimension, up to each token.
+
+    Args:
+        FAST: as products of two bfloat16 parts with a triangle of ones: to 2⁻¹⁶ of a sum.
+    """
+    if FAST:
+        within = tl.arange(0, decay.shape[0])
+        ones = tl.where(within[:, None] >= within[None, :], 1.0, 0.0).to(tl.bfloat16)
+        high = (decay.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+        sums = tl.dot(ones, high.to(tl.bfloat16))
+        sums = tl.dot(ones, (decay - high).to(tl.bfloat16), sums)
+    else:
+        sums = tl.cumsum(decay, axis=0)
+    return sums
 
 
 @triton.jit
@@ -91,9 +110,9 @@ def gates_at(
 
 
 @triton.jit
-def product(left, right, DTYPE: tl.constexpr):
-    """Matrix product with operands of DTYPE and sums in float32."""
-    return tl.dot(left.to(DTYPE), right.to(DTYPE), input_precision="tf32x3")
+def product(left, right, DTYPE: tl.constexpr, sums=None):
+    """Matrix product with operands of DTYPE, added to ``sums`` in float32."""
+    return tl.dot(left.to(DTYPE), right.to(DTYPE), sums, input_precision="tf32x3")
 
 
 @triton.jit
@@ -146,7 +165,7 @@ def states_kernel(
     TEMPERATURE: tl.constexpr, FLOOR: tl.constexpr, SCALES_WRITES: tl.constexpr,
     CHUNK: tl.constexpr, SEQUENCES: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, DTYPE: tl.constexpr,
-    PDL: tl.constexpr,
+    STAGES: tl.constexpr, FAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Keep the state before each chunk, for BLOCK_K × BLOCK_V of a head's state.
 
@@ -177,17 +196,19 @@ def states_kernel(
     gates = gates_at(gate, row, head, wide, gate_row, gate_head, gate_state, gate_channel, KEY_DIM)
     if mask is not None:
         mask += row * mask_row
-    for _ in range(tl.cdiv(end - first, CHUNK).to(tl.int32)):
+    for _ in tl.range(tl.cdiv(end - first, CHUNK).to(tl.int32), num_stages=STAGES):
         place = states + (number * HEADS + head) * WIDTH * VALUE_DIM + cells
         tl.store(place, memory.to(states.dtype.element_ty), mask=in_state)
         token = first + tl.arange(0, CHUNK)
-        k, sums, last = decayed_keys(
+        k, decay = decayed_keys(
             keys, gates, mask, token, end, wide, key_token, gate_token,
-            KEY_DIM, WIDTH, TEMPERATURE, FLOOR, SCALES_WRITES,
+            KEY_DIM, WIDTH, TEMPERATURE, FLOOR, SCALES_WRITES, FAST,
         )  # fmt: skip
         v = load_values(values, token, end, column, value_token, mask, VALUE_DIM)
-        written = tl.trans(k * tl.exp(last[None, :] - sums))
-        memory = memory * tl.exp(last)[:, None] + product(written, v, DTYPE)
+        decay = tl.where((token < end)[:, None], decay, 0.0)
+        sums, last = running_sums(decay, FAST), tl.sum(decay, axis=0)
+        written = tl.trans(k * tl.exp2(last[None, :] - sums))
+        memory = product(written, v, DTYPE, memory * tl.exp2(last)[:, None])
         first += CHUNK
         number += 1
     target = after + slot * after_slot + of_head
@@ -206,7 +227,7 @@ def output_kernel(
     TEMPERATURE: tl.constexpr, FLOOR: tl.constexpr, SCALES_WRITES: tl.constexpr,
     CHUNK: tl.constexpr, SEQUENCES: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, DTYPE: tl.constexpr,
-    PDL: tl.constexpr,
+    STAGES: tl.constexpr, FAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Outputs of one chunk and query head, BLOCK_V columns of them (all, with a norm).
 
@@ -216,6 +237,8 @@ def output_kernel(
             ``states_kernel``.
     """
     WIDTH: tl.constexpr = STATES * KEY_DIM
+    # Factors of a chunk are counted from this token on, so that none overflows.
+    MIDDLE: tl.constexpr = CHUNK - 64
     pair = tl.program_id(1)
     row, query_index = (pair // (HEADS * GROUP)).to(tl.int64), pair % (HEADS * GROUP)
     head = query_index // GROUP
@@ -235,28 +258,37 @@ def output_kernel(
             mask += row * mask_row
         scores = tl.zeros((CHUNK, CHUNK), tl.float32)
         result = tl.zeros((CHUNK, BLOCK_V), tl.float32)
-        for start in range(0, WIDTH, BLOCK_K):
+        for start in tl.range(0, WIDTH, BLOCK_K, num_stages=STAGES):
             wide = start + tl.arange(0, BLOCK_K)
             gates = gates_at(
                 gate, row, head, wide, gate_row, gate_head, gate_state, gate_channel, KEY_DIM
             )
-            k, sums, _ = decayed_keys(
+            k, decay = decayed_keys(
                 keys, gates, mask, token, end, wide, key_token, gate_token,
-                KEY_DIM, WIDTH, TEMPERATURE, FLOOR, SCALES_WRITES,
+                KEY_DIM, WIDTH, TEMPERATURE, FLOOR, SCALES_WRITES, FAST,
             )  # fmt: skip
             q = scaled_queries(
                 query, mixing, row, token, end, query_index, wide,
                 query_row, query_token, query_head, mixing_head, scale, KEY_DIM, WIDTH,
             )  # fmt: skip
-            q *= tl.exp(sums)
-            scores += product(q, tl.trans(k * tl.exp(-sums)), DTYPE)
             memory = state_part(states, number * HEADS + head, wide, column, WIDTH, VALUE_DIM)
-            result += product(q, memory, DTYPE)
+            sums = running_sums(decay, FAST)
+            if MIDDLE > 0:
+                early = (tl.arange(0, CHUNK) < MIDDLE)[:, None]
+                half = tl.sum(tl.where(early, decay, 0.0), axis=0)[None, :]
+                grown = k * tl.exp2(half - sums)
+                q *= tl.exp2(sums - half)
+                scores = product(q, tl.trans(grown), DTYPE, scores)
+                result = product(q * tl.exp2(half), memory, DTYPE, result)
+            else:
+                q *= tl.exp2(sums)
+                scores = product(q, tl.trans(k * tl.exp2(0.0 - sums)), DTYPE, scores)
+                result = product(q, memory, DTYPE, result)
         within = tl.arange(0, CHUNK)
         # Selected away, never multiplied: above the diagonal they may be huge.
         scores = tl.where(within[:, None] >= within[None, :], scores, 0.0)
         v = load_values(values, token, end, column, value_token, mask, VALUE_DIM)
-        result += product(scores, v, DTYPE)
+        result = product(scores, v, DTYPE, result)
         if norm_weight is not None:
             weights = norm_weight + query_index * norm_head
             result = normalized(result, weights, column, eps, VALUE_DIM)

@@ -1,5 +1,7 @@
 """Recurrent Triton kernel of ``linear_attention``: few tokens, states read and written once.
 
+For one token per row ``decode_kernel`` is faster.
+
 A head with N states of Dk × Dv is one matrix of N · Dk rows, of which a program holds a few
 columns in registers while it runs over the tokens. Everything that acts on a token is done on
 the way: gate, write factor, mixing, query heads of the group, and the norm of the output, by the
@@ -33,8 +35,8 @@ import triton
 import triton.language as tl
 
 from fxgraft.kernels.launch import wait_for_inputs
-from fxgraft.kernels.linear_attention.gate_kernel import loss
-from fxgraft.kernels.linear_attention.loads_kernel import slot_of, written
+from fxgraft.kernels.linear_attention.gate_kernel import loss, once
+from fxgraft.kernels.linear_attention.loads_kernel import slot_of, value_of, weighted_query, written
 
 
 @triton.jit
@@ -79,13 +81,15 @@ def step_kernel(
         mask += row * mask_row
     for i in range(length):
         token = first + i
-        k, v, decay = written(
-            keys + token * key_token, values + token * value_token, gates + token * gate_token,
-            mask, token, in_w, in_v,
-            TEMPERATURE, FLOOR, SCALES_WRITES,
+        k, decay = written(
+            tl.load(keys + token * key_token, mask=in_w, other=0.0),
+            tl.load(gates + token * gate_token, mask=in_w, other=0.0),
+            mask, token, TEMPERATURE, FLOOR, SCALES_WRITES,
         )  # fmt: skip
+        v = value_of(values + token * value_token, mask, token, in_v)
         # As in the reference: what the decay lacks to 1 is exact.
-        memory += k[:, None] * v[None, :] - memory * loss(-decay)[:, None]
+        memory -= memory * once(loss(-decay))[:, None]
+        memory += k[:, None] * v[None, :]
         _read(
             query + row * query_row + token * query_token, mixing, norm_weight,
             output, scratch, memory, row * length + token, head, wide, column, is_active,
@@ -121,10 +125,11 @@ def _read(
     in_w, in_v = wide < STATES * KEY_DIM, column < VALUE_DIM
     for j in range(GROUP):
         index = head * GROUP + j
-        q = tl.load(query + index * query_head + wide % KEY_DIM, mask=in_w, other=0.0)
-        places = mixing + index * mixing_head + wide // KEY_DIM
-        weight = tl.load(places, mask=in_w, other=0.0).to(tl.float32)
-        read = tl.sum((q.to(tl.float32) * (scale * weight))[:, None] * memory, axis=0)
+        q = weighted_query(
+            query + index * query_head, mixing + index * mixing_head,
+            wide % KEY_DIM, wide // KEY_DIM, in_w, scale,
+        )  # fmt: skip
+        read = tl.sum(q[:, None] * memory, axis=0)
         read = tl.where(is_active, read, 0.0)
         place = (token * HEADS * GROUP + index) * VALUE_DIM + column
         if norm_weight is not None and TILES > 1:

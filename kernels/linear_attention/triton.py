@@ -25,6 +25,7 @@ from fxgraft.kernels.linear_attention.arguments import refusal as refusal
 from fxgraft.kernels.linear_attention.arguments import state_dtype, state_heads
 from fxgraft.kernels.linear_attention.chunk_kernel import output_kernel, states_kernel
 from fxgraft.kernels.linear_attention.chunkwise import CHUNK, LARGEST_SUM
+from fxgraft.kernels.linear_attention.decode_kernel import decode_kernel
 from fxgraft.kernels.linear_attention.deferred import Ring
 from fxgraft.kernels.linear_attention.deferred_kernel import deferred_kernel
 from fxgraft.kernels.linear_attention.gate_kernel import NO_FLOOR
@@ -34,6 +35,24 @@ RECURRENT_TOKENS = 64
 """Fewer tokens than this go through the recurrent kernel."""
 
 _CELLS_PER_PROGRAM = 8192  # 64 registers of each of 128 threads
+
+
+@dataclass(frozen=True)
+class ChunkTiles:
+    """How the chunkwise kernels take 16-bit products; float32 takes smaller tiles.
+
+    Attributes:
+        chunk: tokens, 64 or 128.
+        states, outputs: rows of the state at a time, warps, stages and registers of a thread, of
+            either kernel.
+    """
+
+    chunk: int = 128
+    states: tuple[int, int, int, int] = (32, 4, 2, 255)
+    outputs: tuple[int, int, int, int] = (32, 8, 2, 255)
+
+
+CHUNK_TILES = ChunkTiles()
 
 
 @dataclass(frozen=True)
@@ -176,7 +195,10 @@ def attend(
     place: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """By the kernel that suits the number of tokens and the gates; arguments as in ``step``."""
-    few = inputs.query.shape[1] < RECURRENT_TOKENS
+    length = inputs.query.shape[1]
+    if length == 1 and inputs.cu_seqlens is None:
+        return decode(inputs, rules, before, after, place)
+    few = length < RECURRENT_TOKENS
     form = step if few or not is_bounded(rules) else chunks
     return form(inputs, rules, before, after, place)
 
@@ -194,7 +216,8 @@ def chunks(
     place: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """The chunkwise kernels; arguments as in ``step``."""
-    plan = Plan.of(inputs)
+    wide = inputs.query.dtype == torch.float32
+    plan = Plan.of(inputs, chunk=CHUNK if wide else CHUNK_TILES.chunk)
     states = plan.states(inputs, before, after, rules, place)
     past = None if place is None else torch.where(place[0] < 0, -1, place[1])
     return plan.outputs(inputs, rules, states, past)
@@ -215,23 +238,43 @@ class Plan:
     blocks: dict[str, Any]
 
     @staticmethod
-    def of(inputs: Inputs, dtype: torch.dtype | None = None) -> Plan:
+    def of(inputs: Inputs, dtype: torch.dtype | None = None, chunk: int = CHUNK) -> Plan:
         """The plan for a call, whose products are of ``dtype``, by default the query's."""
         length, bounds = inputs.query.shape[1], inputs.cu_seqlens
         width = inputs.gate.shape[3] * inputs.query.shape[3]
         wide = (dtype or inputs.query.dtype) == torch.float32
         blocks = {
-            "CHUNK": CHUNK,
+            "CHUNK": chunk,
             "SEQUENCES": power_of_2(inputs.rows),
             "BLOCK_K": min(64, max(16, power_of_2(width))),
             "BLOCK_V": min(64, max(16, power_of_2(inputs.value.shape[3]))),
             "DTYPE": tl.float32 if wide else tl.bfloat16,
         }
         if bounds is None:
-            return Plan(blocks_of(length, CHUNK), None, blocks)
-        parts = (bounds.diff() + CHUNK - 1) // CHUNK
+            return Plan(blocks_of(length, chunk), None, blocks)
+        parts = (bounds.diff() + chunk - 1) // chunk
         starts = (parts.cumsum(0) - parts).to(torch.int64)
-        return Plan(blocks_of(length, CHUNK) + inputs.rows, starts, blocks)
+        return Plan(blocks_of(length, chunk) + inputs.rows, starts, blocks)
+
+    def tiles(self, chosen: tuple[int, int, int, int], sizes: dict[str, int]) -> dict[str, Any]:
+        """What the forward kernels are compiled for.
+
+        Args:
+            chosen: of ``ChunkTiles``.
+            sizes: of the call.
+        """
+        if self.blocks["DTYPE"] is tl.float32:
+            return self.blocks | {"STAGES": 1, "FAST": False, "num_warps": 4}
+        width, value_dim = sizes["STATES"] * sizes["KEY_DIM"], sizes["VALUE_DIM"]
+        block_k, warps, stages, registers = chosen
+        return self.blocks | {
+            "BLOCK_K": min(block_k, max(16, power_of_2(width))),
+            "BLOCK_V": min(128, max(16, power_of_2(value_dim))),
+            "STAGES": stages,
+            "FAST": True,
+            "num_warps": warps,
+            "maxnreg": registers,
+        }
 
     def empty_states(self, inputs: Inputs) -> Tensor:
         """Room for a state per chunk and head [chunks, Hs, N · Dk, Dv]."""
@@ -259,10 +302,11 @@ class Plan:
         key, value, gate, mask = inputs.key, inputs.value, inputs.gate, inputs.key_mask
         states, sizes = self.empty_states(inputs), inputs.sizes
         slots, past = place or (None, None)
+        blocks = self.tiles(CHUNK_TILES.states, sizes)
         grid = (
             inputs.rows * sizes["HEADS"],
-            blocks_of(states.shape[2], self.blocks["BLOCK_K"]),
-            blocks_of(states.shape[3], self.blocks["BLOCK_V"]),
+            blocks_of(states.shape[2], blocks["BLOCK_K"]),
+            blocks_of(states.shape[3], blocks["BLOCK_V"]),
         )
         over(states_kernel, *grid)(
             key, value, gate, inputs.mask_bytes, inputs.cu_seqlens, self.starts,
@@ -271,10 +315,9 @@ class Plan:
             0 if mask is None else mask.stride(0),
             0 if before is None else before.stride(0), after.stride(0),
             key.shape[1], self.chunks_row(inputs),
-            num_warps=4,
             **sizes,
             **rules.gate_options,
-            **self.blocks,
+            **blocks,
             **launch_options(key.device),
         )  # fmt: skip
         return states
@@ -286,9 +329,12 @@ class Plan:
         value_dim = sizes["VALUE_DIM"]
         output = query.new_empty((*query.shape[:3], value_dim))
         rows = query.shape[0] if self.starts is None else 1
-        blocks = self.blocks | {"BLOCK_V": min(128, max(16, power_of_2(value_dim)))}
+        blocks = self.tiles(CHUNK_TILES.outputs, sizes)
+        blocks["BLOCK_V"] = min(128, max(16, power_of_2(value_dim)))
         if norm is not None:
             blocks["BLOCK_V"] = max(16, power_of_2(value_dim))
+        if blocks["BLOCK_V"] > 128:
+            blocks["num_warps"] = 8
         grid = (self.count, rows * query.shape[2], blocks_of(value_dim, blocks["BLOCK_V"]))
         over(output_kernel, *grid)(
             query, key, value, gate, inputs.mixing, norm, inputs.mask_bytes,
@@ -296,7 +342,6 @@ class Plan:
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *gate.stride(),
             inputs.mixing.stride(0), inputs.norm_stride, 0 if mask is None else mask.stride(0),
             query.shape[1], self.chunks_row(inputs), rules.scale, rules.eps,
-            num_warps=4 if blocks["BLOCK_V"] <= 64 else 8,
             **sizes,
             **rules.gate_options,
             **blocks,
@@ -373,6 +418,103 @@ def value_columns(pairs: int, block_w: int, value_dim: int, device: torch.device
     return columns
 
 
+@dataclass(frozen=True)
+class DecodeTiles:
+    """How kernels of one token take a head's states.
+
+    Attributes:
+        columns: that a program takes at a time.
+        loops: how often.
+        tiles: programs that share a head.
+        prefetch: columns of a program that are asked for ahead.
+        warps: of a program.
+    """
+
+    columns: int
+    loops: int
+    tiles: int
+    prefetch: int
+    warps: int
+
+    @staticmethod
+    def of(
+        pairs: int, width: int, value_dim: int, device: torch.device, *, even: bool = False
+    ) -> DecodeTiles:
+        """As measured on an H100: heads are shared while there are too few of them.
+
+        Args:
+            pairs: rows times heads.
+            width: rows of a head's states.
+            value_dim: columns.
+            device: whose multiprocessors are counted.
+            even: take 32 numbers for each of 256 threads at a time, whatever the batch.
+        """
+        block_w, widest = power_of_2(width), power_of_2(value_dim)
+        columns = min(widest, max(8, _CELLS_PER_PROGRAM // block_w))
+        own = widest
+        while own > columns and 2 * pairs * blocks_of(value_dim, own) <= processors(device):
+            own //= 2
+        is_shared = own < widest
+        if is_shared and not even:
+            columns = max(8, columns // 2)
+        elif pairs >= 8 * processors(device) and not even:
+            columns = min(widest, 2 * columns)
+        return DecodeTiles(
+            columns=columns,
+            loops=own // columns,
+            tiles=blocks_of(value_dim, own),
+            prefetch=own if is_shared else columns,
+            warps=max(1, min(16, block_w * columns // 1024)),
+        )
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What kernels are compiled for."""
+        return {
+            "BLOCK_V": self.columns,
+            "LOOPS": self.loops,
+            "PREFETCH": self.prefetch,
+            "num_warps": self.warps,
+        }
+
+
+def decode(
+    inputs: Inputs,
+    rules: Rules,
+    before: Tensor | None,
+    after: Tensor,
+    place: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """The kernel of one token per row; arguments as in ``step``."""
+    query, key, value, gate = inputs.query, inputs.key, inputs.value, inputs.gate
+    value_dim, sizes, pairs = value.shape[3], inputs.sizes, inputs.rows * inputs.heads
+    output = query.new_empty((*query.shape[:3], value_dim))
+    width = sizes["STATES"] * sizes["KEY_DIM"]
+    tiles = DecodeTiles.of(pairs, width, value_dim, query.device)
+    norm, mask = inputs.norm_weight, inputs.mask_bytes
+    shares_norm = norm is not None and tiles.tiles > 1
+    slots, past = place or (None, None)
+    over(decode_kernel, pairs, tiles.tiles)(
+        query, key, value, gate, inputs.mixing, norm, mask, before, after, slots, past, output,
+        torch.empty_like(output, dtype=torch.float32) if shares_norm else None,
+        arrival_counters(query.device, pairs) if shares_norm else None,
+        query.stride(0), query.stride(2), key.stride(0), key.stride(2),
+        value.stride(0), value.stride(2), gate.stride(0), *gate.stride()[2:],
+        inputs.mixing.stride(0), inputs.norm_stride, 0 if mask is None else mask.stride(0),
+        0 if before is None else before.stride(0), after.stride(0),
+        0 if before is None else before.shape[0], rules.scale, rules.eps,
+        **rules.gate_options,
+        BLOCK_W=power_of_2(width),
+        BLOCK_G=power_of_2(sizes["GROUP"]),
+        ALL_V=power_of_2(value_dim),
+        TILES=tiles.tiles,
+        **tiles.options,
+        **sizes,
+        **launch_options(query.device),
+    )  # fmt: skip
+    return output
+
+
 def deferred_step(
     query: Tensor,
     key: Tensor,
@@ -390,19 +532,20 @@ def deferred_step(
     query, key, value, gate = inputs.query, inputs.key, inputs.value, inputs.gate
     sizes, pairs = inputs.sizes, inputs.rows * inputs.heads
     output = query.new_empty((*query.shape[:3], value.shape[3]))
-    block_w = power_of_2(ring.keys.shape[3])
-    block_v = value_columns(pairs, block_w, value.shape[3], query.device)
-    over(deferred_kernel, pairs, blocks_of(value.shape[3], block_v))(
+    width = ring.keys.shape[3]
+    tiles = DecodeTiles.of(pairs, width, value.shape[3], query.device, even=True)
+    over(deferred_kernel, pairs, tiles.tiles)(
         query, key, value, gate, inputs.mixing, memory_cache,
         ring.keys, ring.sums, ring.values, ring.origin, slots, past, output,
         query.stride(0), query.stride(2), key.stride(0), key.stride(2),
         value.stride(0), value.stride(2), gate.stride(0), *gate.stride()[2:],
-        inputs.mixing.stride(0), memory_cache.stride(0), rules.scale,
+        inputs.mixing.stride(0), memory_cache.stride(0), memory_cache.shape[0], rules.scale,
         RING=ring.size,
-        BLOCK_W=block_w,
-        BLOCK_V=block_v,
+        BLOCK_W=power_of_2(width),
+        BLOCK_G=power_of_2(sizes["GROUP"]),
         BLOCK_R=power_of_2(ring.size),
-        num_warps=max(1, min(8, block_w * block_v // 2048)),
+        maxnreg=128,
+        **tiles.options,
         **sizes,
         **rules.gate_options,
         **launch_options(query.device),

@@ -13,10 +13,13 @@ from fxgraft.kernels.launch import power_of_2
 from fxgraft.kernels.nm_linear.layout import Layout
 from fxgraft.kernels.tuning import Key, TunedTable
 
-Kernel = Literal["vector", "matrix", "unpack", "sparse"]
-VECTOR_ROWS = 8
+Kernel = Literal["mma", "vector", "matrix", "unpack", "sparse"]
+# Most rows of the kernels "mma" and "vector".
+FEW_ROWS = 8
 # The least columns of a tile on the tensor cores.
 _DEPTH = 16
+# Weight rows that give each multiprocessor of an H100 four programs of 16.
+_MANY_FEATURES = 16 * 528
 
 
 @dataclass(frozen=True)
@@ -24,17 +27,18 @@ class Config:
     """One way to run an N:M sparse linear layer.
 
     Attributes:
-        kernel: ``"vector"`` gathers inputs, multiplies and adds, up to 8 rows; ``"matrix"`` unpacks
-            tiles on their way to the tensor cores; ``"unpack"`` writes the dense weight, then calls
-            PyTorch; ``"sparse"`` calls cuSPARSELt (2:4 only), which keeps a second copy of the
-            weight in its own form.
-        block_n: weight rows of a program, a multiple of 32.
-        block_c: chunks that a program reads at a time.
+        kernel: ``"mma"`` makes fragments for the tensor cores in registers, up to 8 rows of 16-bit
+            types; ``"vector"`` gathers inputs, multiplies and adds, up to 8 rows; ``"matrix"``
+            unpacks tiles on their way to the tensor cores; ``"unpack"`` writes the dense weight,
+            then calls PyTorch; ``"sparse"`` calls cuSPARSELt (2:4 only), which keeps a second
+            copy of the weight in its own form.
+        block_n: weight rows of a program, a multiple of 32; 16 or 32 for ``"mma"``.
+        block_c: chunks that a program reads at a time; 4 for each warp for ``"mma"``.
         split_k: programs that share a block of weight rows, each with its part of the chunks.
         warps: warps of a program.
         block_r: input rows of a program (``"matrix"``).
         prefetch: times ``block_c`` chunks, after the first, that a program asks for before its
-            inputs are ready.
+            inputs are ready; for ``"mma"`` 1 or 0 iterations whose weights are loaded early.
     """
 
     kernel: Kernel
@@ -69,7 +73,10 @@ def config_for(
 
 def rule(dtype: torch.dtype, features: int, layout: Layout, rows: int) -> Config:
     """A configuration from sizes alone; cuSPARSELt is left to measured tables."""
-    few = VECTOR_ROWS if dtype == torch.float32 or not has_tiles(dtype, layout) else 4
+    gathers = has_fragments(dtype, layout) and _gathers_faster(layout, rows)
+    if rows <= FEW_ROWS and has_fragments(dtype, layout) and not gathers:
+        return _fragments(features, layout)
+    few = FEW_ROWS if dtype == torch.float32 or not has_tiles(dtype, layout) else 4
     if rows <= few:
         return Config("vector", 32, 8, _splits(features, layout, 32, 8), warps=8, prefetch=1)
     if not has_tiles(dtype, layout) or rows > 512:
@@ -90,6 +97,37 @@ def has_tiles(dtype: torch.dtype, layout: Layout) -> bool:
     powers of 2.
     """
     return dtype.itemsize == 2 and layout.lane > 1 and layout.m == power_of_2(layout.m)
+
+
+def has_fragments(dtype: torch.dtype, layout: Layout) -> bool:
+    """Whether the kernel ``"mma"`` takes the layout: chunks of 8 groups of 4, 8 or 16.
+
+    Where codes are positions, groups keep one weight.
+    """
+    takes = layout.lane == 8 and layout.m in (4, 8, 16)
+    return dtype.itemsize == 2 and takes and (layout.is_mask or layout.n == 1)
+
+
+def _fragments(features: int, layout: Layout) -> Config:
+    """Of ``"mma"``, as measured on an H100: many small programs, or fewer large ones.
+
+    A program has at least one iteration.
+    """
+    if features >= _MANY_FEATURES or layout.n > 4:
+        tiles, warps = (2 if (layout.n, layout.m) == (2, 8) else 1), 4
+    else:
+        tiles, warps = 2, 8
+    while warps > 1 and 4 * warps > layout.chunks:
+        warps //= 2
+    return Config("mma", 16 * tiles, 4 * warps, 1, warps, prefetch=1)
+
+
+def _gathers_faster(layout: Layout, rows: int) -> bool:
+    """Whether one row is too little work for tensor cores: where a group keeps a quarter or less.
+
+    Fragments are built for all columns, gathers are made for those that are kept.
+    """
+    return rows == 1 and 4 * layout.n <= layout.m
 
 
 def _splits(features: int, layout: Layout, block_n: int, block_c: int, programs: int = 384) -> int:

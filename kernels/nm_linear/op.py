@@ -161,7 +161,7 @@ def _cuda_matrix(
     from fxgraft.kernels.nm_linear import triton
 
     config = triton.config_for(x, values, indices, layout)
-    if config is not None and config.kernel in ("vector", "matrix"):
+    if config is not None and config.kernel in ("mma", "vector", "matrix"):
         if not triton.takes_norm(x, config):
             x, given = _norm(x, given), replace(given, norm_weight=None, eps=None)
         return triton.nm_linear(x, values, indices, given, layout=layout, config=config)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from fxgraft.kernels.launch import (
@@ -26,8 +27,11 @@ from fxgraft.kernels.nm_linear.config import Config
 from fxgraft.kernels.nm_linear.config import has_tiles as has_tiles
 from fxgraft.kernels.nm_linear.layout import Layout
 from fxgraft.kernels.nm_linear.matrix_kernel import matrix_kernel
+from fxgraft.kernels.nm_linear.mma_kernel import mma_kernel
 from fxgraft.kernels.nm_linear.tile import unpack_kernel
 from fxgraft.kernels.nm_linear.vector_kernel import vector_kernel
+
+_ELEMENTS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def config_for(x: Tensor, values: Tensor, indices: Tensor, layout: Layout) -> Config | None:
@@ -40,8 +44,13 @@ def config_for(x: Tensor, values: Tensor, indices: Tensor, layout: Layout) -> Co
 
 
 def takes_norm(x: Tensor, config: Config) -> bool:
-    """Whether the kernel normalises x [..., K] as it reads it: one row, as in ``fused_linear``."""
-    return config.kernel == "vector" and x.numel() == x.shape[-1]
+    """Whether the kernel normalises x [..., K] as it reads it: one row, as in ``fused_linear``.
+
+    ``"mma"`` multiplies by the norm's weight in x's type, whose range float16 could leave.
+    """
+    if config.kernel == "mma" and (config.split_k > 1 or x.dtype != torch.bfloat16):
+        return False
+    return config.kernel in ("mma", "vector") and x.numel() == x.shape[-1]
 
 
 def nm_linear(
@@ -53,7 +62,7 @@ def nm_linear(
     layout: Layout,
     config: Config,
 ) -> Tensor:
-    """Run the kernel ``"vector"`` or ``"matrix"`` of a configuration on one weight.
+    """Run the kernel ``"mma"``, ``"vector"`` or ``"matrix"`` of a configuration on one weight.
 
     Arguments and result are those of ``fxgraft.kernels.nm_linear.op``; ``parts`` asks for no
     experts, and for a norm only where ``takes_norm``.
@@ -63,8 +72,7 @@ def nm_linear(
     x = x.contiguous()
     residual = None if parts.residual is None else parts.residual.contiguous()
     output = torch.empty(parts.output_shape(x, values), dtype=x.dtype, device=x.device)
-    is_vector = config.kernel == "vector"
-    block_r = power_of_2(rows) if is_vector else config.block_r
+    block_r = {"mma": 8, "vector": power_of_2(rows)}.get(config.kernel, config.block_r)
     blocks, row_blocks = blocks_of(features, config.block_n), blocks_of(rows, block_r)
     partial = arrived = None
     if config.split_k > 1:
@@ -72,20 +80,36 @@ def nm_linear(
         partial = torch.empty(size, dtype=torch.float32, device=x.device)
         arrived = arrival_counters(x.device, blocks * row_blocks)
     common: dict[str, Any] = {
-        **_constants(layout),
         "ACTIVATION": activation,
-        "BLOCK_R": block_r,
         "BLOCK_N": config.block_n,
-        "BLOCK_C": config.block_c,
         "SPLIT_K": config.split_k,
         "num_warps": config.warps,
         **launch_options(x.device),
     }
     tensors = (indices, parts.bias, residual, output, partial, arrived)
-    if is_vector:
+    norm = (parts.norm_weight, parts.eps or 0.0, parts.norm_offset)
+    if config.kernel == "mma":
+        gain = None if parts.norm_weight is None else _aligned(parts.norm_weight)
+        over(mma_kernel, blocks, config.split_k)(
+            _aligned(x), _aligned(values), *tensors, rows, features, layout.chunks,
+            gain, *norm[1:],
+            NORM=parts.eps is not None,
+            N=layout.n,
+            M=layout.m,
+            WORDS=layout.words,
+            CODE_BITS=layout.code_bits,
+            IS_MASK=layout.is_mask,
+            ELEMENT=_ELEMENTS[x.dtype],
+            WARPS=config.warps,
+            AHEAD=config.prefetch,
+            ASSEMBLY=x.is_cuda,
+            **common,
+        )  # fmt: skip
+        return output
+    common |= {**_constants(layout), "BLOCK_R": block_r, "BLOCK_C": config.block_c}
+    if config.kernel == "vector":
         over(vector_kernel, blocks, config.split_k)(
-            x, values, *tensors, features, layout.chunks,
-            parts.norm_weight, parts.eps or 0.0, parts.norm_offset,
+            x, values, *tensors, features, layout.chunks, *norm,
             NORM=parts.eps is not None,
             INNER=layout.columns,
             ROWS=rows,
@@ -114,6 +138,11 @@ def unpack(values: Tensor, indices: Tensor, layout: Layout) -> Tensor:
         num_warps=4,
     )  # fmt: skip
     return dense
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """``_pairs`` of a contiguous tensor that begins at a multiple of 16 bytes, or of its copy."""
+    return _pairs(tensor if tensor.data_ptr() % 16 == 0 else tensor.clone())
 
 
 def _pairs(values: Tensor) -> Tensor:

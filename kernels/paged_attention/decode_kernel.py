@@ -17,7 +17,13 @@ import triton
 import triton.language as tl
 
 from fxgraft.kernels.launch import only_wait_for_inputs, prefetch, start_next
-from fxgraft.kernels.paged_attention.decode_loops import by_dots, by_products, new_logits, with_new
+from fxgraft.kernels.paged_attention.decode_loops import (
+    by_dots,
+    by_products,
+    lanes_of,
+    new_logits,
+    with_new,
+)
 from fxgraft.kernels.paged_attention.gating import (
     count_key,
     gate_by_sums,
@@ -26,7 +32,7 @@ from fxgraft.kernels.paged_attention.gating import (
     prefetch_sums,
     scale_row,
 )
-from fxgraft.kernels.paged_attention.pages import entries, rotated
+from fxgraft.kernels.paged_attention.pages import entries, rotated, turned, unrotated
 from fxgraft.kernels.paged_attention.splits import (
     add_parts,
     finish,
@@ -44,12 +50,12 @@ def _prefetch_tokens(
 ):  # fmt: skip
     """Bring the first TOKENS entries of a part into L2, before the table is known to be valid."""
     LINE: tl.constexpr = 1024 // cache.dtype.element_ty.primitive_bitwidth
+    LINES: tl.constexpr = (BLOCK + LINE - 1) // LINE
     token = tl.minimum(begin + tl.arange(0, TOKENS), end - 1)
     page = tl.load(table + token // PAGE, cache_modifier=".cg")
     page = tl.minimum(tl.maximum(page, 0), blocks - 1).to(tl.int64)
-    LINES: tl.constexpr = (BLOCK + LINE - 1) // LINE
-    column = tl.minimum(tl.arange(0, LINES) * LINE, DIM - 1)
     start = cache + page * page_stride + (token % PAGE) * token_stride
+    column = tl.minimum(tl.arange(0, LINES) * LINE, DIM - 1)
     prefetch(start[:, None] + column[None, :], PDL)
 
 
@@ -103,32 +109,49 @@ def _new_token(
 
 
 @triton.jit
+def _load_queries(
+    query, query_head, cos, sin, angle_start,
+    GROUP: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The queries [G, D] of a kv head with what they turn by, as ``unrotated`` returns them."""
+    group, column = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
+    # For each row, so that a thread loads neighbours as it does of the queries.
+    angle = tl.zeros((BLOCK_G, 1), tl.int64) + angle_start
+    return unrotated(
+        query + (group * query_head)[:, None], column[None, :],
+        (group < GROUP)[:, None] & (column < HEAD_DIM)[None, :], cos, sin, angle, angle >= 0,
+        ROTARY, INTERLEAVED,
+    )  # fmt: skip
+
+
+@triton.jit
 def _attend_part(
-    query, key, value, key_cache, value_cache, chosen_cache, table, cos, sin, length, split, begin,
-    end, query_head, angle_start, key_page, key_token, value_page, value_token, scale,
-    GROUP: tl.constexpr, PAGE: tl.constexpr, SOFTCAP: tl.constexpr, ROTARY: tl.constexpr,
-    INTERLEAVED: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, TILE: tl.constexpr,
-    STAGES: tl.constexpr, PDL: tl.constexpr,
+    loaded, key, value, key_cache, value_cache, chosen_cache, table, cos, sin, length, split, begin,
+    end, angle_start, key_page, key_token, value_page, value_token, scale,
+    GROUP: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    TILE: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One split's part; the first one also has the new token, which it writes to the caches.
 
     Args:
-        query, key, value: of the row's first head of the kv head.
+        loaded: the queries, as ``_load_queries`` returns them.
+        key, value: of the row and kv head.
         angle_start: where the row's angles begin in cos and sin.
 
     Returns:
         The new key [1, D], then what ``by_dots`` returns.
     """
-    group, column = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
-    token = begin + tl.arange(0, TILE)
+    column = tl.arange(0, BLOCK_D)
+    if BLOCK_G == 1:
+        token = begin + tl.arange(0, TILE)
+    else:
+        token = begin + lanes_of(TILE, LANES, PAGE, WINDOW)[0]
     page = tl.load(table + token // PAGE, mask=token < end, other=0)
+    queries = turned(loaded, column[None, :], ROTARY, INTERLEAVED)
     angle = tl.zeros((1, 1), tl.int64) + angle_start
-    queries = rotated(
-        query + (group * query_head)[:, None], column[None, :],
-        (group < GROUP)[:, None] & (column < HEAD_DIM)[None, :], cos, sin, angle, angle >= 0,
-        ROTARY, INTERLEAVED,
-    )  # fmt: skip
     new_key, new_value = _new_token(
         key, value, key_cache, value_cache, table, length, cos, sin, angle, split == 0,
         key_page, key_token, value_page, value_token,
@@ -140,17 +163,17 @@ def _attend_part(
             key_page, key_token, value_page, value_token, scale,
             SOFTCAP, PAGE, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, TILE, STAGES,
         )  # fmt: skip
-        # Here, because the loop's first loads would wait for it.
-        score = new_logits(queries, new_key, split, scale, SOFTCAP)
-        top, total, mixed, looked = with_new(top, total, mixed, looked, score, new_value)
     else:
-        score = new_logits(queries, new_key, split, scale, SOFTCAP)
         top, total, mixed, looked = by_dots(
-            queries, score, new_value, key_cache, value_cache, chosen_cache, table, page, begin,
-            end, key_page, key_token, value_page, value_token, scale,
-            SOFTCAP, PAGE, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, TILE, STAGES,
+            queries, key_cache, value_cache, chosen_cache, table, page, begin, end,
+            key_page, key_token, value_page, value_token, scale,
+            SOFTCAP, PAGE, WINDOW, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, TILE, LANES, STAGES,
         )  # fmt: skip
-        start_next(PDL)
+    start_next(PDL)
+    # Here, because the loop's first loads would wait for it.
+    if split == 0:
+        score = new_logits(queries, new_key, scale, SOFTCAP)
+        top, total, mixed, looked = with_new(top, total, mixed, looked, score, new_value)
     return new_key, top, total, mixed, looked
 
 
@@ -191,29 +214,29 @@ def _note_chosen(chosen, chosen_cache, table, row, length, is_mine, PAGE: tl.con
 
 @triton.jit
 def _run_part(
-    query, key, value, key_cache, value_cache, table, cos, sin, sinks, output, partial, statistics,
+    loaded, key, value, key_cache, value_cache, table, cos, sin, sinks, output, partial, statistics,
     arrived, chosen, gated, key_sums, slots, chosen_cache, scores, gate, length, split, begin, end,
-    parts, kv_head, row, query_head, angle_start, key_page, key_token, value_page, value_token,
-    scale,
-    GROUP: tl.constexpr, PAGE: tl.constexpr, SOFTCAP: tl.constexpr, ROTARY: tl.constexpr,
-    INTERLEAVED: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    HEADS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    MOST: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, CHUNK: tl.constexpr,
-    KV_HEADS: tl.constexpr, BLOCK_H: tl.constexpr, SCORE_CHUNK: tl.constexpr, KEEP: tl.constexpr,
-    FACTOR: tl.constexpr, PDL: tl.constexpr,
+    parts, kv_head, row, angle_start, key_page, key_token, value_page, value_token, scale,
+    GROUP: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr, HEADS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr, MOST: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
+    STAGES: tl.constexpr, CHUNK: tl.constexpr, KV_HEADS: tl.constexpr, BLOCK_H: tl.constexpr,
+    SCORE_CHUNK: tl.constexpr, KEEP: tl.constexpr, FACTOR: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Attend to one split's part, suppress heads, and store what comes out.
 
     Args:
-        query, key, value, output: of the row's first head of the kv head.
+        loaded: the queries, as ``_load_queries`` returns them.
+        key, value, output: of the row and kv head, or its first head.
         gate: factors of the outputs [G], or None.
     """
     head, pair = kv_head * GROUP, row * KV_HEADS + kv_head
     new_key, top, total, mixed, looked = _attend_part(
-        query, key, value, key_cache, value_cache, chosen_cache, table, cos, sin, length, split,
-        begin, end, query_head, angle_start, key_page, key_token, value_page, value_token, scale,
-        GROUP, PAGE, SOFTCAP, ROTARY, INTERLEAVED, HEAD_DIM, VALUE_DIM, BLOCK_G, BLOCK_D, BLOCK_V,
-        TILE, STAGES, PDL,
+        loaded, key, value, key_cache, value_cache, chosen_cache, table, cos, sin, length, split,
+        begin, end, angle_start, key_page, key_token, value_page, value_token, scale,
+        GROUP, PAGE, WINDOW, SOFTCAP, ROTARY, INTERLEAVED, HEAD_DIM, VALUE_DIM, BLOCK_G, BLOCK_D,
+        BLOCK_V, TILE, LANES, STAGES, PDL,
     )  # fmt: skip
     if gate is not None:
         top, total, mixed = gated_part(top, total, mixed, gate)
@@ -264,20 +287,22 @@ def _skip_row(
 
 @triton.jit
 def _serve_part(
-    query, key, value, key_cache, value_cache, table, cos, sin, sinks, output, partial, statistics,
-    arrived, chosen, gated, key_sums, slots, chosen_cache, scores, length, split, begin, end, parts,
-    kv_head, row, query_head, angle_start, key_page, key_token, value_page, value_token, scale,
-    GROUP: tl.constexpr, PAGE: tl.constexpr, SOFTCAP: tl.constexpr, ROTARY: tl.constexpr,
-    INTERLEAVED: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    HEADS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    MOST: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, CHUNK: tl.constexpr,
-    KV_HEADS: tl.constexpr, BLOCK_H: tl.constexpr, SCORE_CHUNK: tl.constexpr, KEEP: tl.constexpr,
-    FACTOR: tl.constexpr, PDL: tl.constexpr,
+    query, loaded, key, value, key_cache, value_cache, table, cos, sin, sinks, output, partial,
+    statistics, arrived, chosen, gated, key_sums, slots, chosen_cache, scores, length, split, begin,
+    end, parts, kv_head, row, query_head, angle_start, key_page, key_token, value_page, value_token,
+    scale,
+    GROUP: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr, HEADS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr, MOST: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
+    STAGES: tl.constexpr, CHUNK: tl.constexpr, KV_HEADS: tl.constexpr, BLOCK_H: tl.constexpr,
+    SCORE_CHUNK: tl.constexpr, KEEP: tl.constexpr, FACTOR: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One split's part, unless its heads are all suppressed with a factor of 0.
 
     Args:
         query: of the row's first head.
+        loaded: the queries, as ``_load_queries`` returns them.
         key, value, output: of the kv head, or its first head.
     """
     head = kv_head * GROUP
@@ -290,13 +315,13 @@ def _serve_part(
         )  # fmt: skip
     if gate is None or FACTOR != 0 or tl.max(gate, axis=0) > 0:
         _run_part(
-            query + head * query_head, key, value, key_cache, value_cache, table, cos, sin, sinks,
-            output, partial, statistics, arrived, chosen, gated, key_sums, slots, chosen_cache,
-            scores, gate, length, split, begin, end, parts, kv_head, row, query_head, angle_start,
-            key_page, key_token, value_page, value_token, scale,
-            GROUP, PAGE, SOFTCAP, ROTARY, INTERLEAVED, HEAD_DIM, VALUE_DIM, HEADS, BLOCK_G,
-            BLOCK_D, BLOCK_V, MOST, TILE, STAGES, CHUNK, KV_HEADS, BLOCK_H, SCORE_CHUNK, KEEP,
-            FACTOR, PDL,
+            loaded, key, value, key_cache, value_cache, table, cos, sin, sinks, output, partial,
+            statistics, arrived, chosen, gated, key_sums, slots, chosen_cache, scores, gate, length,
+            split, begin, end, parts, kv_head, row, angle_start, key_page, key_token, value_page,
+            value_token, scale,
+            GROUP, PAGE, WINDOW, SOFTCAP, ROTARY, INTERLEAVED, HEAD_DIM, VALUE_DIM, HEADS, BLOCK_G,
+            BLOCK_D, BLOCK_V, MOST, TILE, LANES, STAGES, CHUNK, KV_HEADS, BLOCK_H, SCORE_CHUNK,
+            KEEP, FACTOR, PDL,
         )  # fmt: skip
     elif split == 0:
         _skip_row(
@@ -317,9 +342,10 @@ def decode_kernel(
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, HEADS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr, SPLITS: tl.constexpr, MOST: tl.constexpr, LEAST: tl.constexpr,
-    LONGEST: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, CHUNK: tl.constexpr,
-    PREFETCH: tl.constexpr, KV_HEADS: tl.constexpr, BLOCK_H: tl.constexpr,
-    SCORE_CHUNK: tl.constexpr, KEEP: tl.constexpr, FACTOR: tl.constexpr, PDL: tl.constexpr,
+    LONGEST: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr,
+    CHUNK: tl.constexpr, PREFETCH: tl.constexpr, KV_HEADS: tl.constexpr,
+    BLOCK_H: tl.constexpr, SCORE_CHUNK: tl.constexpr, KEEP: tl.constexpr, FACTOR: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One split of one kv head of one row; grid (MOST, kv heads, rows).
 
@@ -343,6 +369,7 @@ def decode_kernel(
         TILE: tokens of an iteration.
         CHUNK: parts that are read at once when they are added.
         PREFETCH: tokens to ask for before the inputs are ready, a power of 2.
+        LANES: softmaxes of a program, as ``by_dots`` says.
         BLOCK_H, SCORE_CHUNK: query heads, and channels of them scored at once, powers of 2.
     """
     split, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -359,22 +386,26 @@ def decode_kernel(
         )  # fmt: skip
     if PDL and key_sums is not None:
         prefetch_sums(key_sums, slots, row, kv_head, KV_HEADS, HEAD_DIM, BLOCK_D, PDL)
-    if BLOCK_G == 1:
-        start_next(PDL)
     only_wait_for_inputs(PDL)
     length = tl.load(past + row)
+    query += row * query_row
+    # Before the length is here, which says what else to load.
+    loaded = _load_queries(
+        query + kv_head * GROUP * query_head, query_head, cos, sin, row * angle_row,
+        GROUP, ROTARY, INTERLEAVED, HEAD_DIM, BLOCK_G, BLOCK_D,
+    )  # fmt: skip
     begin, end, parts = part_of(length, split, WINDOW, SPLITS, LEAST, LONGEST)
     if length < 0:
         if split == 0:
             store_zeros(output, GROUP, VALUE_DIM, BLOCK_G, BLOCK_V)
     elif split < parts:
         _serve_part(
-            query + row * query_row, key + row * key_row + kv_head * key_head,
-            value + row * value_row + kv_head * value_head, key_cache, value_cache, table, cos,
-            sin, sinks, output, partial, statistics, arrived, chosen, gated, key_sums, slots,
+            query, loaded, key + row * key_row + kv_head * key_head,
+            value + row * value_row + kv_head * value_head, key_cache, value_cache, table, cos, sin,
+            sinks, output, partial, statistics, arrived, chosen, gated, key_sums, slots,
             chosen_cache, scores, length, split, begin, end, parts, kv_head, row, query_head,
             row * angle_row, key_page, key_token, value_page, value_token, scale,
-            GROUP, PAGE, SOFTCAP, ROTARY, INTERLEAVED, HEAD_DIM, VALUE_DIM, HEADS, BLOCK_G,
-            BLOCK_D, BLOCK_V, MOST, TILE, STAGES, CHUNK, KV_HEADS, BLOCK_H, SCORE_CHUNK, KEEP,
-            FACTOR, PDL,
+            GROUP, PAGE, WINDOW, SOFTCAP, ROTARY, INTERLEAVED, HEAD_DIM, VALUE_DIM, HEADS, BLOCK_G,
+            BLOCK_D, BLOCK_V, MOST, TILE, LANES, STAGES, CHUNK, KV_HEADS, BLOCK_H, SCORE_CHUNK,
+            KEEP, FACTOR, PDL,
         )  # fmt: skip

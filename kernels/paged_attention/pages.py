@@ -25,17 +25,49 @@ def entries(token, mask, table, page_stride, token_stride, PAGE: tl.constexpr):
 
 
 @triton.jit
+def unrotated(
+    pointers, column, mask, cos, sin, angle, angle_mask,
+    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """The loads of ``rotated``: rows, the partners of their channels, cosines and sines."""
+    value = tl.load(pointers + column, mask=mask, other=0.0)
+    other, cosine, sine = value, value, value
+    if ROTARY > 0:
+        turns = column < ROTARY
+        partner = _partner(column, ROTARY, INTERLEAVED)
+        other = tl.load(pointers + partner, mask=mask & turns, other=0.0)
+        cosine = tl.load(cos + angle + column, mask=angle_mask & turns, other=1.0)
+        sine = tl.load(sin + angle + column, mask=angle_mask & turns, other=0.0)
+    return value, other, cosine, sine
+
+
+@triton.jit
+def _partner(column, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """The channel that each channel turns with."""
+    if INTERLEAVED:
+        partner = tl.where(column % 2 == 0, column + 1, column - 1)
+    else:
+        partner = tl.where(column < ROTARY // 2, column + ROTARY // 2, column - ROTARY // 2)
+    return partner
+
+
+@triton.jit
+def turned(loaded, column, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """What ``unrotated`` loaded, with rotary position embedding."""
+    value, other, cosine, sine = loaded
+    if ROTARY > 0:
+        is_first = _partner(column, ROTARY, INTERLEAVED) > column
+        other = other.to(tl.float32)
+        other = tl.where(is_first, -other, other) * sine.to(tl.float32)
+        value = (value.to(tl.float32) * cosine.to(tl.float32) + other).to(value.dtype)
+    return value
+
+
+@triton.jit
 def rotated(
-    pointers,
-    column,
-    mask,
-    cos,
-    sin,
-    angle,
-    angle_mask,
-    ROTARY: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-):
+    pointers, column, mask, cos, sin, angle, angle_mask,
+    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
     """Rows of queries or keys [R, C] with rotary position embedding, in their dtype.
 
     Args:
@@ -47,21 +79,8 @@ def rotated(
         ROTARY: number of channels that rotate; 0 for none.
         INTERLEAVED: pairing of channels of ``fxgraft::rotary``.
     """
-    value = tl.load(pointers + column, mask=mask, other=0.0)
-    if ROTARY > 0:
-        if INTERLEAVED:
-            is_first = column % 2 == 0
-            partner = tl.where(is_first, column + 1, column - 1)
-        else:
-            is_first = column < ROTARY // 2
-            partner = tl.where(is_first, column + ROTARY // 2, column - ROTARY // 2)
-        turns = column < ROTARY
-        other = tl.load(pointers + partner, mask=mask & turns, other=0.0).to(tl.float32)
-        cosine = tl.load(cos + angle + column, mask=angle_mask & turns, other=1.0).to(tl.float32)
-        sine = tl.load(sin + angle + column, mask=angle_mask & turns, other=0.0).to(tl.float32)
-        turned = value.to(tl.float32) * cosine + tl.where(is_first, -other, other) * sine
-        value = turned.to(value.dtype)
-    return value
+    loaded = unrotated(pointers, column, mask, cos, sin, angle, angle_mask, ROTARY, INTERLEAVED)
+    return turned(loaded, column, ROTARY, INTERLEAVED)
 
 
 @triton.jit

@@ -128,12 +128,14 @@ def add_parts(
         looked = tl.sum(shares * decay, axis=1)
     mixed = tl.zeros((BLOCK_G, BLOCK_V), tl.float32)
     for start in range(0, parts, CHUNK):
-        mixed += tl.sum(values * tl.exp2(tops - top[:, None])[:, :, None], axis=1)
+        next_tops, next_values = tops, values
         if start + CHUNK < parts:
-            tops, values = _some_parts(
+            next_tops, next_values = _some_parts(
                 partial, statistics, row, start + CHUNK, parts, GROUP, BLOCK_G, BLOCK_V, CHUNK,
                 FIELDS,
             )  # fmt: skip
+        mixed += tl.sum(values * tl.exp2(tops - top[:, None])[:, :, None], axis=1)
+        tops, values = next_tops, next_values
     finish(
         top, total, mixed, looked, sinks, scores, output, head,
         GROUP, VALUE_DIM, BLOCK_G, BLOCK_V,

@@ -39,8 +39,8 @@ _WIDEST = 256
 # Query heads of a kv head times channels: what a program holds in registers.
 _LARGEST_GROUP = 128 * 128
 _ROTATED_AT_ONCE = 4096
-# Floats: 128 registers of each thread of four warps.
-_ADDED_AT_ONCE = 16384
+# Floats of each of up to four warps: 64 registers of a thread, of which it needs two sets.
+_ADDED_AT_ONCE = 2048
 
 
 def supports(
@@ -127,9 +127,9 @@ def _decode(inputs: Inputs, rules: Rules) -> Tensor:
     kv_heads = key.shape[1]
     group = heads // kv_heads
     sizes = sizes_of(inputs)
-    block_g = 1 if group == 1 else max(16, power_of_2(group))
     block_v = sizes["BLOCK_V"]
     config = decode_config(query.dtype, batch, kv_heads, group, max(sizes["BLOCK_D"], block_v))
+    block_g = max(16, power_of_2(group)) if config.dots else 1
     # A table that holds less than every split's least part never needs all splits.
     capacity = inputs.table.shape[1] * sizes["PAGE"]
     splits = min(config.splits, power_of_2(blocks_of(capacity, config.least)))
@@ -141,6 +141,8 @@ def _decode(inputs: Inputs, rules: Rules) -> Tensor:
     fields = 2 if gate.scores is None else 3
     statistics = torch.empty(sums * fields, dtype=torch.float32, device=query.device)
     angle_strides, angle_options = _angles(inputs, rules.interleaved)
+    added_at_once = min(config.warps, 4) * _ADDED_AT_ONCE
+    added_at_once = min(config.warps, 4) * _ADDED_AT_ONCE
     over(decode_kernel, most, kv_heads, batch)(
         query, key, value, *caches, inputs.table, inputs.past,
         inputs.cos, inputs.sin, inputs.sinks, output, partial, statistics,
@@ -159,8 +161,9 @@ def _decode(inputs: Inputs, rules: Rules) -> Tensor:
         LEAST=config.least,
         LONGEST=config.longest,
         TILE=config.tile,
+        LANES=config.lanes,
         STAGES=config.stages,
-        CHUNK=max(1, min(most, _ADDED_AT_ONCE // (power_of_2(group) * block_v))),
+        CHUNK=max(1, min(most, added_at_once // (power_of_2(group) * block_v))),
         PREFETCH=0 if gate.skips and splits == 1 else config.prefetch,
         KV_HEADS=kv_heads,
         **gate.options,

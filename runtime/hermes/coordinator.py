@@ -32,6 +32,7 @@ REQUEST_COLUMNS = (
     "request", "workload", "arrival", "end", "state", "prompt", "output", "emitted",
     "first_token", "decode_seconds", "decode_gaps", "max_gap", "queue_seconds",
     "transfer_seconds", "preemptions", "recomputed", "reused", "position",
+    "level",
 )  # fmt: skip
 STAGE_COLUMNS = ("request", "stage", "kind", "client", "assigned", "started", "ended")
 LOGS = ("requests", "stages", "steps", "gaps", "breaks", "transfers")
@@ -275,6 +276,7 @@ class Coordinator:
                 request.total_emitted, request.first_token, request.decode_span,
                 request.decode_gaps, request.max_gap, request.queue_time, request.transfer_time,
                 request.preemptions, request.recomputed, request.reused, request.position,
+                request.level,
             )
         )  # fmt: skip
         following = self.source.ended(request, self.now)

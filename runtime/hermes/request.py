@@ -63,6 +63,9 @@ class Request:
         base: ``emitted`` when it joined the decodes.
         joined: the decode clock when it joined.
         live: branches still running.
+        level: layers that were converted for it, where a client has a policy.
+        kv_layers: blocks per ``block_size`` tokens: 1, or where a client has a policy the layers
+            that keep keys and values.
         incarnation: counts preemptions, so that stale entries are recognised.
         stopped: when it was last preempted while decoding, -1 if it goes on.
         asked: prompt tokens when it arrived.
@@ -104,6 +107,8 @@ class Request:
     base: int = 0
     joined: int = 0
     live: int = 0
+    level: int = 0
+    kv_layers: int = 1
     incarnation: int = 0
     total_emitted: int = 0
     first_token: float = -1.0

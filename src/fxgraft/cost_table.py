@@ -16,6 +16,9 @@ step, linear between its knots:
 =============  =====================================================================
 
 So weights that are read once per step are counted once in a step that mixes prefills and decodes.
+
+A table may carry *levels*: the same model with layers converted, per sequence and while it runs
+(pass ``dsla``); see ``cost_table_levels``.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from pydantic import Field, ValidationError, model_validator
 from fxgraft import strict_json
 from fxgraft.atomic import write_file
 from fxgraft.cost_table_grid import Array
+from fxgraft.cost_table_levels import LevelPricer, Levels, memory_between, parts_between
 from fxgraft.cost_table_prices import Price, Pricer, outside_error
 from fxgraft.cost_table_records import (
     Energy,
@@ -48,8 +52,8 @@ from fxgraft.errors import InputError, SerializationError
 from fxgraft.validation import nowhere, readable
 
 __all__ = [
-    "Energy", "Growing", "HeldOut", "Identity", "Memory", "Origin", "Part", "Price", "Pricer",
-    "Prices", "StepCostTable", "Validity",
+    "Energy", "Growing", "HeldOut", "Identity", "LevelPricer", "Levels", "Memory", "Origin", "Part",
+    "Price", "Pricer", "Prices", "StepCostTable", "Validity",
 ]  # fmt: skip
 VERSION = 1
 Phase = Literal["prefill", "decode"]
@@ -68,6 +72,7 @@ class StepCostTable(Record):
     Attributes:
         identity, memory, energy, origin, validity: see their classes.
         parts: summands of the price.
+        levels: the model with layers converted, None where requests convert none.
 
     Example:
         >>> table = StepCostTable.load("llama-h100.json")
@@ -81,19 +86,23 @@ class StepCostTable(Record):
     origin: Origin
     validity: Validity
     parts: tuple[Part, ...] = Field(min_length=1)
+    levels: Levels | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> StepCostTable:
-        names = [part.name for part in self.parts]
+        for parts in (self.parts, self.levels.parts if self.levels else ()):
+            self._check_parts(parts)
+        return self
+
+    def _check_parts(self, parts: Sequence[Part]) -> None:
+        names = [part.name for part in parts]
         if len(set(names)) < len(names):
             raise ValueError("two parts have one name")
-        with_joules = {part.joules is not None for part in self.parts}
-        if with_joules != {self.energy.source != "none"}:
+        if any((part.joules is None) != (self.energy.source == "none") for part in parts):
             raise ValueError("joules must be in every part, or in none where energy is 'none'")
-        for part in self.parts:
+        for part in parts:
             for axis, knots in part.axes.items():
                 _check_cover(part.name, axis, knots, *self._range(part.per, axis))
-        return self
 
     def _range(self, per: str, axis: str) -> tuple[int, int]:
         """What an axis must cover."""
@@ -115,6 +124,56 @@ class StepCostTable(Record):
                 that is extrapolated linearly and marked.
         """
         return Pricer(self, outside)
+
+    def with_levels(self, converted: StepCostTable, *, layers: int, offered: int) -> StepCostTable:
+        """This table, of level 0, with that of the highest level.
+
+        Args:
+            converted: the same model with every offered layer converted.
+            layers: of the model.
+            offered: of them that can be converted.
+
+        Raises:
+            InputError: the tables are of different models, devices or ranges.
+        """
+        for what, one, other in (
+            ("model", self.identity.model, converted.identity.model),
+            ("device", self.identity.device, converted.identity.device),
+            ("data type of weights", self.identity.weights, converted.identity.weights),
+            ("validity", self.validity, converted.validity),
+            ("energy", self.energy.source, converted.energy.source),
+        ):
+            if one != other:
+                raise InputError(f"the {what} of level 0 is {one}, that of converted layers "
+                                 f"{other}", "make both tables in the same way")  # fmt: skip
+        levels = Levels(
+            layers=layers, offered=offered, memory=converted.memory, parts=converted.parts
+        )
+        return self._with(levels=levels)
+
+    def at_level(self, level: int) -> StepCostTable:
+        """The table of sequences that are all at one level.
+
+        Raises:
+            InputError: there is no such level.
+        """
+        offered = self.levels.offered if self.levels else 0
+        if not 0 <= level <= offered:
+            raise InputError(f"the step-cost table has no level {level}",
+                             f"give a level from 0 to {offered}")  # fmt: skip
+        if self.levels is None or level == 0:
+            return self._with(levels=None)
+        share = level / offered
+        return self._with(
+            parts=parts_between(self.parts, self.levels.parts, share),
+            memory=memory_between(self.memory, self.levels.memory, share),
+            levels=None,
+        )
+
+    def _with(self, **changes: Any) -> StepCostTable:
+        """A table of its own: a copy would keep the pricer of this one."""
+        fields = {name: getattr(self, name) for name in StepCostTable.model_fields}
+        return StepCostTable(**(fields | changes))
 
     @cached_property
     def _pricer(self) -> Pricer:
@@ -192,7 +251,10 @@ class StepCostTable(Record):
 
     def to_json(self) -> dict[str, Any]:
         """The file's content."""
-        return {"format": self.kind, "version": VERSION, **self.model_dump(mode="json")}
+        content = self.model_dump(mode="json")
+        if self.levels is None:
+            del content["levels"]
+        return {"format": self.kind, "version": VERSION, **content}
 
     def save(self, path: str | Path) -> Path:
         """Write the table as one JSON file; loading it gives the same numbers bit for bit."""

@@ -156,6 +156,32 @@ def test_norm_over_several_programs(columns: int, monkeypatch: pytest.MonkeyPatc
     _check(call)  # the counters are 0 again
 
 
+@pytest.mark.parametrize(("columns", "loops"), [(8, 1), (16, 1), (16, 2), (16, 4), (64, 1)])
+@pytest.mark.parametrize("with_norm", [False, True])
+def test_one_token_by_any_tiles(
+    columns: int, loops: int, with_norm: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One program for a head or several, which take their columns at once or not."""
+    tiles = kernels.DecodeTiles(columns, loops, -(-50 // (columns * loops)), columns, 1)
+    monkeypatch.setattr(kernels.DecodeTiles, "of", lambda *sizes: tiles)  # pyright: ignore[reportUnknownArgumentType, reportUnknownLambdaType]
+    call = Call(
+        batch=2, length=1, group=3, head_dim=16, value_dim=50, with_norm=with_norm, with_state=True
+    )
+    mask = torch.tensor([[True], [False]])
+    for _ in range(2):  # the counters are 0 again
+        _check(call, {"key_mask": mask})
+
+
+@pytest.mark.parametrize("chunk", [64, 128])
+def test_16_bit_chunks(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gates that forget all at once, or nothing, in sequences that end within a chunk."""
+    monkeypatch.setattr(kernels, "CHUNK_TILES", kernels.ChunkTiles(chunk))
+    call = Call(length=300, group=2, head_dim=32, options=SQRT, spread=40.0)
+    bounds = torch.tensor([0, 5, 5, 205, 300])
+    state = randn(4, 2, 2, 32, 32, dtype=torch.float32)
+    _check(call, {"cu_seqlens": bounds, "state": state}, torch.bfloat16)
+
+
 @every_call
 @pytest.mark.parametrize("length", [3, 70])
 def test_gradients(call: Call, length: int) -> None:

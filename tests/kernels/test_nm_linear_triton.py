@@ -36,6 +36,8 @@ VECTOR = Config("vector", block_n=32, block_c=2, warps=2)
 VECTOR_SPLIT = Config("vector", block_n=32, block_c=4, split_k=2, prefetch=1)
 MATRIX = Config("matrix", block_n=32, block_c=2, block_r=16, warps=2)
 MATRIX_SPLIT = Config("matrix", block_n=64, block_c=1, split_k=2, block_r=16, warps=2)
+MMA = Config("mma", block_n=16, block_c=4, warps=1, prefetch=1)
+MMA_SPLIT = Config("mma", block_n=32, block_c=8, split_k=2, warps=2)
 PATTERNS = [(1, 4), (2, 4), (4, 8), (2, 8), (8, 16)]
 
 
@@ -106,6 +108,13 @@ def test_tiles(rows: int, config: Config, pattern: tuple[int, int], dtype: torch
     check(rows, 70, 24, pattern, config, dtype)
 
 
+@pytest.mark.parametrize("pattern", [*PATTERNS, (1, 8), (4, 4), (3, 8), (5, 16)], ids=str)
+def test_fragments(pattern: tuple[int, int]) -> None:
+    # No size is a multiple of a block.
+    check(1, 20, 24, pattern, MMA)
+    check(7, 40, 72, pattern, MMA_SPLIT, torch.float16)
+
+
 @pytest.mark.parametrize("lane", [1, 2, 4, 8])
 @pytest.mark.parametrize("pattern", [(1, 16), (3, 32), (2, 4)], ids=str)
 def test_chunks_of_any_length(lane: int, pattern: tuple[int, int]) -> None:
@@ -115,7 +124,9 @@ def test_chunks_of_any_length(lane: int, pattern: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "config"), [(1, VECTOR), (4, VECTOR_SPLIT), (3, MATRIX), (20, MATRIX_SPLIT)], ids=str
+    ("rows", "config"),
+    [(1, VECTOR), (4, VECTOR_SPLIT), (3, MATRIX), (20, MATRIX_SPLIT), (1, MMA), (8, MMA_SPLIT)],
+    ids=str,
 )
 @pytest.mark.parametrize("activation", [None, "silu"])
 def test_what_stands_behind(rows: int, config: Config, activation: str | None) -> None:
@@ -142,7 +153,7 @@ def test_one_row_is_normalised_as_it_is_read(
 
 def test_norm_gate_and_residual_together() -> None:
     parts = ("bias", "residual", "norm_weight")
-    for config in (VECTOR, VECTOR_SPLIT):
+    for config in (VECTOR, VECTOR_SPLIT, MMA):
         check(1, 70, 16, (4, 8), config, parts=parts, activation="silu", eps=1e-5)
 
 
@@ -162,6 +173,13 @@ def test_the_norm_counts_inputs_that_are_not_kept() -> None:
 def test_only_one_row_is_normalised_by_the_kernel(rows: int, config: Config) -> None:
     x = randn(rows, 16)
     assert kernels.takes_norm(x, config) == (rows == 1 and config is VECTOR)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_fragments_of_a_row_that_is_normalised(offset: float) -> None:
+    for pattern in ((2, 4), (1, 4)):
+        check(1, 41, 40, pattern, MMA, parts=("norm_weight",), eps=1e-2, norm_offset=offset)
+    check(1, 41, 40, (4, 8), replace(MMA, block_n=32), eps=1e-2)
 
 
 @pytest.mark.parametrize("pattern", [*PATTERNS, (1, 16), (7, 32), (4, 4)], ids=str)
@@ -200,7 +218,10 @@ def test_rules_fit(rows: int, dtype: torch.dtype) -> None:
         for columns in (576, 4096):
             layout = Layout(*pattern, columns // pattern[1])
             config = rule(dtype, 4096, layout, rows)
-            if config.kernel == "vector":
+            if config.kernel == "mma":
+                assert rows <= 8
+                assert config.block_c == 4 * config.warps
+            elif config.kernel == "vector":
                 assert rows <= 8
                 assert config.block_n * config.block_c == 32 * config.warps
             elif config.kernel == "matrix":

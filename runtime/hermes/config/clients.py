@@ -6,9 +6,16 @@ import math
 from abc import ABC, abstractmethod
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 
 from fxgraft.errors import InputError
+from fxgraft.runtime.dsla_serve.policy import Rules
 from fxgraft.runtime.hermes.client import Client, Place
 from fxgraft.runtime.hermes.config.costs import CostSection, Served
 from fxgraft.runtime.hermes.config.links import LevelSection
@@ -16,6 +23,7 @@ from fxgraft.runtime.hermes.hierarchy import StorageLevel, Store
 from fxgraft.runtime.hermes.host import HostClient, Task
 from fxgraft.runtime.hermes.ivf_pq import IvfPq
 from fxgraft.runtime.hermes.llm.client import LlmClient, Role
+from fxgraft.runtime.hermes.llm.levels import LevelRules
 from fxgraft.runtime.hermes.llm.queue import Order
 from fxgraft.runtime.hermes.llm.scheduler import Admission, Limits, Strategy
 from fxgraft.runtime.hermes.rag import RagClient
@@ -83,6 +91,22 @@ class SeparateSection(ClientSection):
         """One client."""
 
 
+class DslaSection(Rules):
+    """DSLA-Serve's policy, see ``docs/dsla.md``."""
+
+    kind: Literal["dsla"] = "dsla"
+    fold_seconds_per_token: float = Field(default=2e-8, ge=0)
+    """Seconds to convert one layer of a running request, per token that it has."""
+
+
+def _in_place(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    """Let what is wrong with settings be reported with file and line, as of any section."""
+    try:
+        return check(value)
+    except InputError as error:
+        raise ValueError(f"{error.problem} ({error.remedy})") from error
+
+
 class LlmSection(SeparateSection):
     """A server of a language model.
 
@@ -99,6 +123,7 @@ class LlmSection(SeparateSection):
         swap_bandwidth: bytes per second to and from the host.
         kv_bytes: of keys and values per token, for transfers; None for the table's.
         context_length: most tokens of a sequence.
+        policy: converts layers of requests by load; the cost must say what other levels cost.
     """
 
     kind: Literal["llm"] = "llm"
@@ -120,6 +145,18 @@ class LlmSection(SeparateSection):
     swap_bandwidth: Rate | None = None
     kv_bytes: Number | None = None
     context_length: Positive | None = None
+    policy: Annotated[DslaSection, WrapValidator(_in_place)] | None = None
+
+    @model_validator(mode="after")
+    def _levels_stay(self) -> LlmSection:
+        for key, unfit in (
+            ("role", self.role != "both"),
+            ("prefix_cache", self.prefix_cache),
+            ("preemption", self.preemption == "swap"),
+        ):
+            if self.policy is not None and unfit:
+                raise ValueError(f"has a policy, which does not go with its key {key}")
+        return self
 
     @model_validator(mode="after")
     def _decodes_advance(self) -> LlmSection:
@@ -180,9 +217,11 @@ class LlmSection(SeparateSection):
     def _blocks(self, served: Served, size: int) -> int:
         if self.blocks is not None:
             return self.blocks
-        if served.state_memory is None:
+        converted = served.converted if self.policy is not None else None
+        memory = served.state_memory if converted is None else converted.state_memory
+        if memory is None:
             return UNLIMITED
-        left = served.state_memory - (1.0 - self.memory_share) * served.capacity
+        left = memory - (1.0 - self.memory_share) * served.capacity
         left -= self.memory_reserve
         if left <= 0.0:
             return 0
@@ -210,7 +249,20 @@ class LlmSection(SeparateSection):
             swap_bandwidth=self.swap_bandwidth or math.inf,
             context_length=self.context_length or 0,
             marks=served.marks,
+            levels=self._levels(served),
         )
+
+    def _levels(self, served: Served) -> LevelRules | None:
+        found, policy = served.converted, self.policy
+        if policy is None:
+            return None
+        if found is None:
+            raise InputError(
+                f"client {self.name!r} has the key policy, but its cost has no levels",
+                "give a table with levels, or a pipeline with pass dsla and live: true",
+            )
+        watts = 0.0 if served.has_energy else self.watts
+        return LevelRules(policy, found.levels, found.pricer, policy.fold_seconds_per_token, watts)
 
 
 class TaskSection(Section):

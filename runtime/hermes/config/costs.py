@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from fxgraft.cost_table import StepCostTable
+from fxgraft.cost_table import LevelPricer, Levels, Memory, StepCostTable
 from fxgraft.devices import device
 from fxgraft.errors import InputError
 from fxgraft.runtime.hermes.config.pipelines import Recipe, recipe, table_of
@@ -15,6 +15,21 @@ from fxgraft.runtime.hermes.costs import AffineCost, StepCost, WithWatts
 from fxgraft.runtime.hermes.dense import MODELS, DenseCost, DenseModel, Efficiency
 from fxgraft.runtime.hermes.section import File, Number, Positive, Section, default_kind, tagged
 from fxgraft.validation import suggestion
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A model with layers that requests convert, as far as a client needs to know it.
+
+    Attributes:
+        levels: of its cost table.
+        pricer: of steps at any levels.
+        state_memory: as in ``Served``, with the states of all sequences set aside.
+    """
+
+    levels: Levels
+    pricer: LevelPricer
+    state_memory: float | None
 
 
 @dataclass(frozen=True)
@@ -32,6 +47,7 @@ class Served:
         idle_watts: drawn between steps.
         marks: whether steps outside the validity are counted instead of refused.
         has_energy: whether the cost has joules.
+        converted: the model at other levels, None where no layer can be converted.
     """
 
     cost: StepCost
@@ -44,6 +60,7 @@ class Served:
     idle_watts: float = 0.0
     marks: bool = False
     has_energy: bool = True
+    converted: Converted | None = None
 
     def with_watts(self, watts: float) -> StepCost:
         """The cost; where it has no joules, steps draw so many watts."""
@@ -74,22 +91,27 @@ def served_by(
     """What a table says about a model, for steps of at most so many tokens and sequences."""
     memory, identity = table.memory, table.identity
     devices = identity.tensor_parallel * identity.pipeline_parallel
-    left: float | None = None
-    if memory.capacity is not None:
-        peak = memory.activations + memory.activations_per_token * tokens
-        left = memory.capacity - memory.weights - peak - memory.fixed_state * sequences
-        left *= devices
+
+    def left(of: Memory) -> float | None:
+        if memory.capacity is None:
+            return None
+        peak = of.activations + of.activations_per_token * tokens
+        return (memory.capacity - of.weights - peak - of.fixed_state * sequences) * devices
+
+    levels = table.levels
+    converted = levels and Converted(levels, LevelPricer(table, outside), left(levels.memory))
     return Served(
         table.pricer(outside),
         model=identity.model,
         dtype=identity.weights,
         kv_bytes=float(memory.bytes_per_token * devices),
-        state_memory=left,
+        state_memory=left(memory),
         capacity=float(memory.capacity or 0) * devices,
         block_tokens=memory.block_tokens,
         idle_watts=(table.energy.idle_watts or 0.0) * devices,
         marks=outside == "mark",
         has_energy=table.has_energy,
+        converted=converted,
     )
 
 

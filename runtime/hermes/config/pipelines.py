@@ -12,11 +12,13 @@ from typing import Any, Protocol, cast, runtime_checkable
 
 from pydantic import ValidationInfo
 
-from fxgraft.backend import find_backend
+from fxgraft.backend import Backend, find_backend
 from fxgraft.cost_table import StepCostTable
 from fxgraft.devices import device
 from fxgraft.errors import InputError, SerializationError
 from fxgraft.frontends import capture
+from fxgraft.passes.dsla.fold import choices_of
+from fxgraft.passes.dsla.levels import at_level
 from fxgraft.pipeline import PipelineFile
 from fxgraft.program import Program
 from fxgraft.roofline import roofline_table
@@ -119,8 +121,21 @@ def _make(file: PipelineFile, on: str | None, dtype: str | None) -> StepCostTabl
     elif on is not None:
         device(on)
     program = file.pipeline.run(_captured(cast(str, file.model)))
-    if backend is None:
-        return roofline_table(program, cast(str, on), cast(str, dtype))
+
+    def price(one: Program) -> StepCostTable:
+        if backend is None:
+            return roofline_table(one, cast(str, on), cast(str, dtype))
+        return _priced_by(backend, one, file)
+
+    offered = len(choices_of(program))
+    if not offered:
+        return price(program)
+    layers = sum("attention" in layer.kind.split("+") for layer in program.layers)
+    softmax, converted = price(at_level(program, 0)), price(at_level(program, offered))
+    return softmax.with_levels(converted, layers=layers, offered=offered)
+
+
+def _priced_by(backend: Backend, program: Program, file: PipelineFile) -> StepCostTable:
     compiled = backend.lower(program, **file.options)
     if not isinstance(compiled, PricesSteps):
         raise InputError(

@@ -8,6 +8,7 @@ from typing import Literal
 from fxgraft.runtime.hermes.client import Place
 from fxgraft.runtime.hermes.costs import NO_LIMIT, StepCost
 from fxgraft.runtime.hermes.llm.blocks import blocks_for
+from fxgraft.runtime.hermes.llm.levels import LevelRules
 from fxgraft.runtime.hermes.llm.loads import Loads
 from fxgraft.runtime.hermes.llm.scheduler import WHOLE, Limits, final_blocks, owed_by
 from fxgraft.runtime.hermes.llm.steps import StepRunner
@@ -32,6 +33,7 @@ class LlmClient(StepRunner):
         swap_bandwidth: bytes per second to and from the host.
         context_length: most tokens of a sequence, 0 for no limit.
         marks: whether the cost may extrapolate, so that such steps must be counted.
+        levels: how requests change levels; None where no layer can be converted.
     """
 
     kind = "llm"
@@ -53,10 +55,12 @@ class LlmClient(StepRunner):
         swap_bandwidth: float = math.inf,
         context_length: int = 0,
         marks: bool = False,
+        levels: LevelRules | None = None,
     ) -> None:
         super().__init__(
             name, cost=cost, limits=limits, stepwise=stepwise, swap_bandwidth=swap_bandwidth,
-            marks=marks, place=place, idle_watts=idle_watts, dollars_per_hour=dollars_per_hour,
+            marks=marks, levels=levels, place=place, idle_watts=idle_watts,
+            dollars_per_hour=dollars_per_hour,
         )  # fmt: skip
         self.model = model
         self.role = role
@@ -141,7 +145,7 @@ class LlmClient(StepRunner):
         scheduler.queue.push(request)
         if not self._in_step:
             self.wake(now)
-        elif (
+        elif self.levels is not None or (
             is_first
             and scheduler.queries < limits.max_sequences
             and limits.strategy != "static"
@@ -153,6 +157,8 @@ class LlmClient(StepRunner):
         if not self.scheduler.queue.remove(request):
             return False
         self.forget(request)
+        if self.levels is not None:
+            self.levels.ended(request, now)
         self.wake(now)
         self.cut(now)
         return True
@@ -240,6 +246,8 @@ class LlmClient(StepRunner):
     def _done(self, request: Request, now: float) -> None:
         self.assigned -= 1
         self.served += 1
+        if self.levels is not None:
+            self.levels.ended(request, now)
         self.hub.finish_stage(request, now)
 
     # -- what routers and reports ask

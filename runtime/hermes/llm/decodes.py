@@ -66,6 +66,14 @@ class Decodes(ABC):
         """Blocks that a request holds now."""
 
     @abstractmethod
+    def emitted_by(self, request: Request) -> int:
+        """Tokens that each live branch of a request has emitted."""
+
+    @abstractmethod
+    def keep_layers(self, request: Request, layers: int) -> int:
+        """A request keeps keys and values of so many layers from now on; returns freed blocks."""
+
+    @abstractmethod
     def jump(self, free: int, limit: int) -> int:
         """Decode steps until the first end of a branch, or until ``free`` blocks do not do."""
 
@@ -112,8 +120,10 @@ class JumpingDecodes(Decodes):
 
     def __init__(self, block_size: int) -> None:
         super().__init__(block_size)
-        # Queries by the clock (modulo the block size) at which they need a new block, twice.
+        # New blocks by the clock (modulo the block size) at which they are needed, twice.
         self._due = [0] * (2 * block_size)
+        # Blocks that all of them need in ``block_size`` steps.
+        self._round: int = 0
         self._ends: list[tuple[int, int, int, Request]] = []
         self._fresh: list[Request] = []
         # The largest gaps since any clock, and their clocks: gaps fall, clocks rise. The first is
@@ -146,12 +156,23 @@ class JumpingDecodes(Decodes):
         if not request.branch_outputs:
             own += request.prompt
         place, due = (request.joined - own) % size, self._due
-        due[place] += branches
-        due[place + size] += branches
+        blocks = branches * request.kv_layers
+        due[place] += blocks
+        due[place + size] += blocks
+        self._round += blocks
         self.due = due[self.clock % size]
 
-    def _emitted(self, request: Request) -> int:
+    def emitted_by(self, request: Request) -> int:
+        """By the clock."""
         return request.base + self.clock - request.joined
+
+    def keep_layers(self, request: Request, layers: int) -> int:
+        """Take it out of the sums of blocks and put it in again."""
+        before = self.held_by(request)
+        self._mark(request, -request.live)
+        request.kv_layers = layers
+        self._mark(request, request.live)
+        return before - self.held_by(request)
 
     def drop(self, request: Request) -> None:
         """Take its queries out of the sums; its entry in the heap becomes stale."""
@@ -176,23 +197,23 @@ class JumpingDecodes(Decodes):
 
     def needed_by(self, request: Request) -> int:
         """One for each branch whose last block is full."""
-        own = self._emitted(request) - 1
+        own = self.emitted_by(request) - 1
         if not request.branch_outputs:
             own += request.prompt
-        return 0 if own % self.block_size else request.live
+        return 0 if own % self.block_size else request.live * request.kv_layers
 
     def held_by(self, request: Request) -> int:
         """By its length."""
-        return decode_blocks(request, self._emitted(request), self.block_size)
+        return decode_blocks(request, self.emitted_by(request), self.block_size)
 
     def jump(self, free: int, limit: int) -> int:
         """To the next end, if the blocks last."""
         steps = min(limit, self.next_end - self.clock)
-        size, count = self.block_size, self.count
-        if (steps // size + 1) * count <= free:
+        size, each = self.block_size, self._round
+        if (steps // size + 1) * each <= free:
             return steps
-        rounds = min(free // count, steps // size)
-        left = free - rounds * count
+        rounds = min(free // each, steps // size)
+        left = free - rounds * each
         done, clock = rounds * size, self.clock % size
         while done < steps and self._due[clock] <= left:
             left -= self._due[clock]
@@ -204,7 +225,7 @@ class JumpingDecodes(Decodes):
         """Whole rounds, in which every query takes a block, and the rest by due clocks."""
         size = self.block_size
         start = self.clock % size
-        return steps // size * self.count + sum(self._due[start : start + steps % size])
+        return steps // size * self._round + sum(self._due[start : start + steps % size])
 
     def advance(
         self, steps: int, start: float, first: float, slope: float, end: float
@@ -285,7 +306,7 @@ class JumpingDecodes(Decodes):
             self._settle(request)
         elif request in self._fresh:
             self._fresh.remove(request)
-        request.emitted = self._emitted(request)
+        request.emitted = self.emitted_by(request)
 
     def pending_output(self) -> int:
         """Ends minus the clock."""
@@ -298,13 +319,13 @@ def decode_blocks(request: Request, emitted: int, size: int) -> int:
     The last emitted token has no keys and values yet. Branches share the blocks of the prompt.
     """
     if not request.branch_outputs:
-        return blocks_for(request.prompt + emitted - 1, size)
-    return blocks_for(request.prompt, size) + request.live * blocks_for(emitted - 1, size)
+        return blocks_for(request.prompt + emitted - 1, size) * request.kv_layers
+    own = request.live * blocks_for(emitted - 1, size)
+    return (blocks_for(request.prompt, size) + own) * request.kv_layers
 
 
 def branch_blocks(request: Request, emitted: int, size: int) -> int:
     """Blocks freed when one live branch ends; with the last one goes the prompt."""
-    if not request.branch_outputs:
-        return blocks_for(request.prompt + emitted - 1, size)
-    own = blocks_for(emitted - 1, size)
-    return own + blocks_for(request.prompt, size) if request.live == 1 else own
+    if not request.branch_outputs or request.live == 1:
+        return decode_blocks(request, emitted, size)
+    return blocks_for(emitted - 1, size) * request.kv_layers

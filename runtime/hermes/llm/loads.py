@@ -35,7 +35,7 @@ class Loads:
         if measure == "tokens":
             return scheduler.pending_prompt + self.assigned
         if measure == "kv_tokens":
-            held = scheduler.pool.used * scheduler.limits.block_size
+            held = scheduler.pool.used // scheduler.units * scheduler.limits.block_size
             return held + self.done * scheduler.decodes.count + scheduler.pending_prompt
         if measure == "output_tokens":
             return self._output()

@@ -50,7 +50,7 @@ class ListedDecodes(Decodes):
 
     def _recount(self) -> None:
         self.count = len(self.branches)
-        self.due = sum(branch.kept % self.block_size == 0 for branch in self.branches)
+        self.due = sum(map(self._needed, self.branches))
         left = min((branch.output - branch.emitted for branch in self.branches), default=NEVER)
         self.next_end = self.clock + left
         self.context = sum(branch.request.prompt + branch.emitted for branch in self.branches)
@@ -66,7 +66,11 @@ class ListedDecodes(Decodes):
 
     def needed_by(self, request: Request) -> int:
         """Its branches whose last block is full."""
-        return sum(branch.kept % self.block_size == 0 for branch in self._of(request))
+        return sum(map(self._needed, self._of(request)))
+
+    def _needed(self, branch: Branch) -> int:
+        """Blocks for its next token."""
+        return 0 if branch.kept % self.block_size else branch.request.kv_layers
 
     def held_by(self, request: Request) -> int:
         """Blocks of its branches and of its prompt."""
@@ -74,8 +78,20 @@ class ListedDecodes(Decodes):
         own = sum(blocks_for(branch.kept, self.block_size) for branch in branches)
         if request.branch_outputs:
             own += blocks_for(request.prompt, self.block_size)
+        own *= request.kv_layers
         assert own == decode_blocks(request, branches[0].emitted, self.block_size)
         return own
+
+    def emitted_by(self, request: Request) -> int:
+        """By its first branch; all advance together."""
+        return self._of(request)[0].emitted
+
+    def keep_layers(self, request: Request, layers: int) -> int:
+        """Count again."""
+        before = self.held_by(request)
+        request.kv_layers = layers
+        self._recount()
+        return before - self.held_by(request)
 
     def jump(self, free: int, limit: int) -> int:
         """Always one step."""
@@ -119,7 +135,7 @@ class ListedDecodes(Decodes):
                 request.last_token = now
                 if request.branch_outputs:
                     freed += blocks_for(request.prompt, self.block_size)
-            found.append((request, freed, request.live == 0))
+            found.append((request, freed * request.kv_layers, request.live == 0))
         self._recount()
         return found
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 from fxgraft.runtime.hermes.llm.blocks import BlockPool, blocks_for
 from fxgraft.runtime.hermes.llm.decodes import Decodes, branch_blocks, decode_blocks
+from fxgraft.runtime.hermes.llm.levels import LevelPolicy
 from fxgraft.runtime.hermes.llm.queue import Order, Queue
 from fxgraft.runtime.hermes.request import RUNNING, WAITING, Request
 
@@ -72,13 +73,19 @@ class Scheduler:
         now: time of the present step, set by the client.
         by_chunk: whether blocks are taken chunk by chunk, not prompt by prompt.
         hands_over: whether requests decode elsewhere.
+        levels: the policy that converts layers of requests, if there is one.
+        units: blocks of the pool per KV block of ``limits``: with a policy one per layer.
         resumed: called with a request whose decode goes on after a preemption.
     """
 
-    def __init__(self, limits: Limits, decodes: Decodes) -> None:
+    def __init__(self, limits: Limits, decodes: Decodes, units: int = 1) -> None:
         self.limits = limits
         self.decodes = decodes
-        self.pool = BlockPool(limits.blocks, limits.block_size, prefix_cache=limits.prefix_cache)
+        self.units = units
+        self.levels: LevelPolicy | None = None
+        self.pool = BlockPool(
+            limits.blocks * units, limits.block_size, prefix_cache=limits.prefix_cache
+        )
         self.queue = Queue(limits.order)
         self.running: dict[Request, None] = {}
         self.prefilling: list[Request] = []
@@ -106,12 +113,16 @@ class Scheduler:
         self.preempted = False
         if not self.running:
             self._admit(self.limits.max_batched_tokens)
+        if self.levels is not None:
+            self.levels.decide()
         self._decode_if_no_prompts()
 
     def _plan_continuous(self) -> None:
         self.preempted = False
         if self.queue.size:
             self._admit(self.limits.max_batched_tokens)
+        if self.levels is not None:
+            self.levels.decide()
         self._decode_if_no_prompts()
 
     def _plan_alternating(self) -> None:
@@ -121,6 +132,8 @@ class Scheduler:
             if self.queue.size:
                 self._admit(_ENDLESS)
                 self.chunks.clear()
+            if self.levels is not None:
+                self.levels.decide()
             self._take_turns(self.limits.max_batched_tokens)
         self._decode_if_no_prompts()
         self._prompts_ran = not decodes_turn and bool(self.chunks)
@@ -147,6 +160,8 @@ class Scheduler:
         decodes = self.decodes
         self.preempted = False
         pool = self.pool
+        if self.levels is not None:
+            self.levels.decide()
         if decodes.count and decodes.due > pool.capacity - pool.used:
             self._make_room()
         budget = self.limits.max_batched_tokens - decodes.count
@@ -194,6 +209,8 @@ class Scheduler:
         """Admit from the queue until something does not fit."""
         while (request := self.queue.head()) is not None:
             branches = request.live
+            if self.levels is not None and request.started < 0:
+                self.levels.start(request)
             if self.queries + branches > self.limits.max_sequences:
                 return
             if request.handed_over:
@@ -254,7 +271,7 @@ class Scheduler:
         blocks = prompt_blocks(request, end, size) - len(hits)
         wanted = blocks
         if self.limits.admission == "sequence" and self._grows(request):
-            wanted = final_blocks(request, size) - len(hits)
+            wanted = final_blocks(request, size) * request.kv_layers - len(hits)
         if hits:
             wanted += pool.idle_among(hits)
         if wanted > pool.capacity - pool.used - self.decodes.due:
@@ -398,12 +415,13 @@ def owed_by(request: Request) -> int:
 def prompt_blocks(request: Request, tokens: int, size: int) -> int:
     """Blocks for the first ``tokens`` tokens of what a (re-)prefill computes."""
     if not request.branch_outputs or tokens <= request.prompt:
-        return blocks_for(tokens, size)
-    return blocks_for(request.prompt, size) + request.live * blocks_for(request.emitted, size)
+        return blocks_for(tokens, size) * request.kv_layers
+    own = request.live * blocks_for(request.emitted, size)
+    return (blocks_for(request.prompt, size) + own) * request.kv_layers
 
 
 def final_blocks(request: Request, size: int) -> int:
-    """Blocks of a request when it emits its last tokens, if all branches were as long."""
+    """Blocks, of all layers, when a request emits its last tokens, if all branches were as long."""
     longest = max(request.outputs())
     if not request.branch_outputs:
         return blocks_for(request.prompt + longest, size)

@@ -8,6 +8,7 @@ from abc import abstractmethod
 from fxgraft.runtime.hermes.client import Client, Hub, Place
 from fxgraft.runtime.hermes.costs import NO_LIMIT, StepCost
 from fxgraft.runtime.hermes.llm.decodes import Decodes, JumpingDecodes
+from fxgraft.runtime.hermes.llm.levels import LevelPolicy, LevelRules
 from fxgraft.runtime.hermes.llm.reference import ListedDecodes
 from fxgraft.runtime.hermes.llm.scheduler import Limits, Scheduler
 from fxgraft.runtime.hermes.request import Request
@@ -27,12 +28,13 @@ class StepRunner(Client):
         stepwise: use the reference, one step at a time, instead of jumping.
         swap_bandwidth: bytes per second to and from the host.
         marks: whether the cost may extrapolate, so that such steps must be counted.
+        levels: how requests change levels; None where no layer can be converted.
     """
 
     __slots__ = (
         "_first", "_in_step", "_joule_slope", "_joules", "_log_step", "_marks", "_runs_ahead",
-        "_slope", "_start", "_steps", "_tokens", "_woken", "cost", "decodes", "limits", "marks",
-        "scheduler", "swap_bandwidth",
+        "_slope", "_start", "_steps", "_tokens", "_woken", "cost", "decodes", "levels", "limits",
+        "marks", "scheduler", "swap_bandwidth",
     )  # fmt: skip
 
     def __init__(
@@ -44,6 +46,7 @@ class StepRunner(Client):
         stepwise: bool,
         swap_bandwidth: float,
         marks: bool,
+        levels: LevelRules | None,
         place: Place | None,
         idle_watts: float,
         dollars_per_hour: float,
@@ -57,9 +60,12 @@ class StepRunner(Client):
         self.marks = marks
         kind = ListedDecodes if stepwise else JumpingDecodes
         self.decodes: Decodes = kind(limits.block_size)
-        self.scheduler = Scheduler(limits, self.decodes)
-        alternates = limits.strategy == "alternating"
-        self._runs_ahead = not (stepwise or alternates or self.scheduler.by_chunk)
+        units = 1 if levels is None else levels.levels.layers
+        self.scheduler = Scheduler(limits, self.decodes, units)
+        self.levels = None if levels is None else LevelPolicy(levels, self.scheduler)
+        self.scheduler.levels = self.levels
+        by_step = limits.strategy == "alternating" or levels is not None
+        self._runs_ahead = not (stepwise or by_step or self.scheduler.by_chunk)
         self._in_step = False
         self._woken = False
         # The step or jump that is under way; prices are of its first step.
@@ -115,6 +121,8 @@ class StepRunner(Client):
             self._steps = 1
         self._in_step = True
         self._start = now
+        if self.levels is not None:
+            self._heed(self.levels)
         steps = self._steps
         if steps > 1:
             return now + (steps * self._first + self._slope * (steps * (steps - 1) // 2))
@@ -125,8 +133,19 @@ class StepRunner(Client):
             return self._run_prompt(end, until)
         return end
 
+    def _heed(self, levels: LevelPolicy) -> None:
+        """Fold before the step, and end a jump where the policy may decide otherwise."""
+        seconds, then = levels.take_folding(), levels.next_change
+        if seconds:
+            self._first += seconds
+            self._joules += seconds * self.idle_watts
+            self._steps = 1
+        elif then is not None and self._steps > 1:
+            self._steps = min(self._steps, self.steps_by(then) + 1)
+
     def _price_mixed(self) -> None:
         scheduler, decodes = self.scheduler, self.decodes
+        cost = self.cost if self.levels is None else self.levels.cost()
         chunks = scheduler.chunks
         if len(chunks) == 1:
             _, tokens, before = chunks[0]
@@ -135,9 +154,9 @@ class StepRunner(Client):
             prompts = [(new, before) for _, new, before in chunks]
             tokens = sum([new for new, _ in prompts])
         if scheduler.with_decodes:
-            price = self.cost.price(prompts, decodes.count, decodes.context)
+            price = cost.price(prompts, decodes.count, decodes.context)
         else:
-            price = self.cost.price(prompts)
+            price = cost.price(prompts)
         self._first, joules, self._marks = price
         self._joules = joules or 0.0
         self._tokens = tokens
@@ -147,10 +166,9 @@ class StepRunner(Client):
     def _price_jump(self) -> None:
         decodes = self.decodes
         count, context = decodes.count, decodes.context
-        _, last, self._first, slope, self._joules, joule_slope = self.cost.decode_line(
-            count, context
-        )
         scheduler = self.scheduler
+        cost = self.cost if self.levels is None else self.levels.cost()
+        _, last, self._first, slope, self._joules, joule_slope = cost.decode_line(count, context)
         fit = (last - context) // count + 1 if last < NO_LIMIT else NO_LIMIT
         if fit < 1 or scheduler.preempted or scheduler.one_step:
             fit = 1
@@ -159,7 +177,7 @@ class StepRunner(Client):
         self._slope, self._joule_slope = slope * count, joule_slope * count
         self._tokens = 0
         if self.marks:
-            self._marks = self.cost.price((), count, context).extrapolated
+            self._marks = cost.price((), count, context).extrapolated
 
     def _run_prompt(self, end: float, until: float) -> float:
         """Run the steps of one prompt as long as only it and the decodes' contexts change.

@@ -221,6 +221,11 @@ def _client(
     if isinstance(client, LlmClient):
         pool = client.scheduler.pool
         found |= {"blocks": pool.capacity, "peak_blocks": pool.peak}
+        if client.levels is not None:
+            found |= {
+                "conversions": client.levels.conversions,
+                "start_level": client.levels.memory.level,
+            }
         if pool.prefix_cache and pool.asked_tokens:
             found["prefix_hit_share"] = pool.hit_tokens / pool.asked_tokens
     if isinstance(client, StorageClient):
