@@ -216,6 +216,31 @@ def states_kernel(
 
 
 @triton.jit
+def _add_rows(scores, result, q, k, decay, sums, memory, CHUNK: tl.constexpr, DTYPE: tl.constexpr):
+    """What some rows of the state add to the scores of a chunk [C, C] and its outputs [C, V].
+
+    Args:
+        q, k, decay: [C, K].
+        sums: of decay, running.
+        memory: [K, V].
+    """
+    # Factors of a chunk are counted from this token on, so that none overflows.
+    MIDDLE: tl.constexpr = CHUNK - 64
+    if MIDDLE > 0:
+        early = (tl.arange(0, CHUNK) < MIDDLE)[:, None]
+        half = tl.sum(tl.where(early, decay, 0.0), axis=0)[None, :]
+        grown = k * tl.exp2(half - sums)
+        q *= tl.exp2(sums - half)
+        scores = product(q, tl.trans(grown), DTYPE, scores)
+        result = product(q * tl.exp2(half), memory, DTYPE, result)
+    else:
+        q *= tl.exp2(sums)
+        scores = product(q, tl.trans(k * tl.exp2(0.0 - sums)), DTYPE, scores)
+        result = product(q, memory, DTYPE, result)
+    return scores, result
+
+
+@triton.jit
 def output_kernel(
     query, key, value, gate, mixing, norm_weight, mask, bounds, starts, past, states, output,
     query_row, query_token, query_head, key_row, key_token, key_head,
@@ -237,8 +262,6 @@ def output_kernel(
             ``states_kernel``.
     """
     WIDTH: tl.constexpr = STATES * KEY_DIM
-    # Factors of a chunk are counted from this token on, so that none overflows.
-    MIDDLE: tl.constexpr = CHUNK - 64
     pair = tl.program_id(1)
     row, query_index = (pair // (HEADS * GROUP)).to(tl.int64), pair % (HEADS * GROUP)
     head = query_index // GROUP
@@ -273,17 +296,7 @@ def output_kernel(
             )  # fmt: skip
             memory = state_part(states, number * HEADS + head, wide, column, WIDTH, VALUE_DIM)
             sums = running_sums(decay, FAST)
-            if MIDDLE > 0:
-                early = (tl.arange(0, CHUNK) < MIDDLE)[:, None]
-                half = tl.sum(tl.where(early, decay, 0.0), axis=0)[None, :]
-                grown = k * tl.exp2(half - sums)
-                q *= tl.exp2(sums - half)
-                scores = product(q, tl.trans(grown), DTYPE, scores)
-                result = product(q * tl.exp2(half), memory, DTYPE, result)
-            else:
-                q *= tl.exp2(sums)
-                scores = product(q, tl.trans(k * tl.exp2(0.0 - sums)), DTYPE, scores)
-                result = product(q, memory, DTYPE, result)
+            scores, result = _add_rows(scores, result, q, k, decay, sums, memory, CHUNK, DTYPE)
         within = tl.arange(0, CHUNK)
         # Selected away, never multiplied: above the diagonal they may be huge.
         scores = tl.where(within[:, None] >= within[None, :], scores, 0.0)

@@ -24,6 +24,8 @@ from fxgraft.kernels.linear_attention.gate_kernel import loss, once
 from fxgraft.kernels.linear_attention.loads_kernel import (
     prefetch_state,
     slot_of,
+    state_columns,
+    store_columns,
     value_of,
     weighted_query,
     written,
@@ -65,15 +67,11 @@ def decode_kernel(
     mixing += head * GROUP * mixing_head
     values = value + row * value_row + kv_head * value_head
     if PREFETCH > 0:
-        if before is not None:
-            prefetch_state(
-                before + of_head, slots, row, before_slot, before_slots, wide, start,
-                WIDTH, VALUE_DIM, PREFETCH, PDL,
-            )  # fmt: skip
-        prefetch(keys, PDL)
-        prefetch(gates, PDL)
-        prefetch(query + channel, PDL)
-        prefetch(values + tl.minimum(column, VALUE_DIM - 1), PDL)
+        _ask_ahead(
+            before, keys, gates, query + channel, values + tl.minimum(column, VALUE_DIM - 1),
+            of_head, slots, row, before_slot, before_slots, wide, start,
+            WIDTH, VALUE_DIM, PREFETCH, PDL,
+        )  # fmt: skip
     wait_for_inputs(PDL)
     slot, is_active, has_past = slot_of(slots, past, row)
     # All loads before what needs them: each takes as long as the rest of the program.
@@ -86,8 +84,7 @@ def decode_kernel(
     ahead = tl.zeros((BLOCK_W, BLOCK_V), tl.float32)
     if before is not None:
         source = before + slot * before_slot + cells
-        inside = in_w[:, None] & (column < VALUE_DIM)[None, :] & has_past
-        ahead = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+        ahead = state_columns(source, in_w & has_past, column < VALUE_DIM)
     if mask is not None:
         mask += row * mask_row
     k, decay = written(new_key, new_gate, mask, 0, TEMPERATURE, FLOOR, SCALES_WRITES)
@@ -100,8 +97,7 @@ def decode_kernel(
         v = value_of(values + columns, mask, 0, columns < VALUE_DIM)
         if before is not None and LOOPS > 1:
             following = (columns + BLOCK_V < VALUE_DIM) & (i + 1 < LOOPS)
-            inside = in_w[:, None] & following[None, :] & has_past
-            ahead = tl.load(source + (i + 1) * BLOCK_V, mask=inside, other=0.0).to(tl.float32)
+            ahead = state_columns(source + (i + 1) * BLOCK_V, in_w & has_past, following)
         # As in the reference: what the decay lacks to 1 is exact.
         memory -= memory * lost[:, None]
         memory += k[:, None] * v[None, :]
@@ -110,29 +106,64 @@ def decode_kernel(
             i, GROUP, LOOPS,
         )  # fmt: skip
         if LOOPS > 1:
-            inside = in_w[:, None] & (columns < VALUE_DIM)[None, :] & is_active
-            tl.store(target + i * BLOCK_V, memory.to(after.dtype.element_ty), mask=inside)
+            store_columns(target + i * BLOCK_V, memory, in_w & is_active, columns < VALUE_DIM)
     reads = tl.where(is_active, tl.reshape(reads, (BLOCK_G, LOOPS * BLOCK_V)), 0.0)
     index = (row * HEADS + head) * GROUP
     weights = norm_weight
     if norm_weight is not None:
         weights += head * GROUP * norm_head
-    is_last = False
+    if arrived is not None:
+        arrived += pair
+    is_last = _leave(
+        output, scratch, arrived, reads, weights, index, start, norm_head, eps,
+        GROUP, VALUE_DIM, TILES,
+    )  # fmt: skip
+    if LOOPS == 1:
+        store_columns(target, memory, in_w & is_active, column < VALUE_DIM)
     if norm_weight is not None and TILES > 1:
+        _normalize(
+            scratch, output, weights, arrived, is_last, index, norm_head, eps,
+            GROUP, VALUE_DIM, BLOCK_G, ALL_V,
+        )  # fmt: skip
+
+
+@triton.jit
+def _ask_ahead(
+    before, keys, gates, queries, values, of_head, slots, row, before_slot, before_slots, wide,
+    start,
+    WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Bring into L2 what the program loads first; keys, gates, queries and values are pointers."""
+    if before is not None:
+        prefetch_state(
+            before + of_head, slots, row, before_slot, before_slots, wide, start,
+            WIDTH, VALUE_DIM, COLUMNS, PDL,
+        )  # fmt: skip
+    prefetch(keys, PDL)
+    prefetch(gates, PDL)
+    prefetch(queries, PDL)
+    prefetch(values, PDL)
+
+
+@triton.jit
+def _leave(
+    output, scratch, arrived, reads, weights, index, start, norm_head, eps,
+    GROUP: tl.constexpr, VALUE_DIM: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Store outputs, or in ``scratch`` columns to be normalised; whether all of a head are there.
+
+    Args:
+        arrived: the head's counter; the others as in ``store_outputs``.
+    """
+    is_last = False
+    if weights is not None and TILES > 1:
         store_outputs(scratch, reads, None, index, start, norm_head, eps, GROUP, VALUE_DIM)
         # The counter's atomic orders one thread's writes; the barrier those of all before it.
         tl.debug_barrier()
-        is_last = tl.atomic_add(arrived + pair, 1, sem="acq_rel", scope="gpu") == TILES - 1
+        is_last = tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") == TILES - 1
     else:
         store_outputs(output, reads, weights, index, start, norm_head, eps, GROUP, VALUE_DIM)
-    if LOOPS == 1:
-        inside = in_w[:, None] & (column < VALUE_DIM)[None, :] & is_active
-        tl.store(target, memory.to(after.dtype.element_ty), mask=inside)
-    if norm_weight is not None and TILES > 1:
-        _normalize(
-            scratch, output, weights, arrived + pair, is_last, index, norm_head, eps,
-            GROUP, VALUE_DIM, BLOCK_G, ALL_V,
-        )  # fmt: skip
+    return is_last
 
 
 @triton.jit

@@ -13,6 +13,8 @@ import triton.language as tl
 from fxgraft.kernels.launch import prefetch, wait_for_inputs
 from fxgraft.kernels.linear_attention.loads_kernel import (
     prefetch_state,
+    state_columns,
+    store_columns,
     value_of,
     weighted_query,
     written,
@@ -45,6 +47,38 @@ def _scores(
         found = tl.sum(q[None, :] * ringed, axis=1)
         scores = tl.where((group == j)[:, None], found[None, :], scores)
     return scores
+
+
+@triton.jit
+def _read(
+    values, v, scores, memory, q, left, held, query, mixing, channel, number, in_w, in_v,
+    query_head, mixing_head, scale,
+    GROUP: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """What the query heads of a group read from the ring and the state behind it [G, V].
+
+    Args:
+        values: of the ring, pointers [V] to its first token.
+        v: of the new token, which is the one behind the ``held`` first.
+        scores: [G, R], as ``_scores`` says.
+        memory, left: the state [W, V], and what is left of it since [W].
+        q: [W], of the first head.
+    """
+    token, group = tl.arange(0, BLOCK_R), tl.arange(0, scores.shape[0])
+    others = tl.load(
+        values[None, :] + token[:, None] * VALUE_DIM,
+        mask=(token < held)[:, None] & in_v[None, :], other=0.0,
+    )  # fmt: skip
+    others = tl.where((token == held)[:, None], v[None, :], others)
+    reads = tl.sum(scores[:, :, None] * others[None, :, :], axis=1)
+    for j in tl.static_range(GROUP):
+        if GROUP > 1:
+            q = weighted_query(
+                query + j * query_head, mixing + j * mixing_head, channel, number, in_w, scale
+            )
+        read = tl.sum((q * left)[:, None] * memory, axis=0)
+        reads += tl.where((group == j)[:, None], read[None, :], 0.0)
+    return reads
 
 
 @triton.jit
@@ -106,9 +140,7 @@ def deferred_kernel(
     held = (tl.maximum(seen, 0) - tl.load(origin + slot)) % RING
     has_past = is_active & (seen > held)
     place = pool + slot * pool_slot + wide[:, None] * VALUE_DIM + column[None, :]
-    inside = in_w[:, None] & (column < VALUE_DIM)[None, :] & has_past
-    ahead = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-
+    ahead = state_columns(place, in_w & has_past, column < VALUE_DIM)
     kept = slot * HEADS + head
     keys, sums = ring_keys + kept * RING * WIDTH, ring_sums + kept * RING * WIDTH
     ringed = ring_values + kept * RING * VALUE_DIM
@@ -126,31 +158,19 @@ def deferred_kernel(
     )  # fmt: skip
     left = tl.exp(last)
     q = weighted_query(query, mixing, channel, number, in_w, scale)
-    group, token = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_R)
+    group = tl.arange(0, BLOCK_G)
     for i in tl.range(LOOPS):
         memory, columns = ahead, column + i * BLOCK_V
         in_v = columns < VALUE_DIM
         if LOOPS > 1:
             following = (columns + BLOCK_V < VALUE_DIM) & (i + 1 < LOOPS)
-            ahead = tl.load(
-                place + (i + 1) * BLOCK_V,
-                mask=in_w[:, None] & following[None, :] & has_past, other=0.0,
-            ).to(tl.float32)  # fmt: skip
+            ahead = state_columns(place + (i + 1) * BLOCK_V, in_w & has_past, following)
         v = value_of(value + row * value_row + kv_head * value_head + columns, None, 0, in_v)
         tl.store(ringed + held * VALUE_DIM + columns, v, mask=in_v & is_active)
-        others = tl.load(
-            ringed + token[:, None] * VALUE_DIM + columns[None, :],
-            mask=(token < held)[:, None] & in_v[None, :], other=0.0,
+        reads = _read(
+            ringed + columns, v, scores, memory, q, left, held, query, mixing, channel, number,
+            in_w, in_v, query_head, mixing_head, scale, GROUP, VALUE_DIM, BLOCK_R,
         )  # fmt: skip
-        others = tl.where((token == held)[:, None], v[None, :], others)
-        reads = tl.sum(scores[:, :, None] * others[None, :, :], axis=1)
-        for j in tl.static_range(GROUP):
-            if GROUP > 1:
-                q = weighted_query(
-                    query + j * query_head, mixing + j * mixing_head, channel, number, in_w, scale
-                )
-            read = tl.sum((q * left)[:, None] * memory, axis=0)
-            reads += tl.where((group == j)[:, None], read[None, :], 0.0)
         reads = tl.where(is_active, reads, 0.0)
         targets = (row * HEADS * GROUP + head * GROUP + group)[:, None] * VALUE_DIM
         tl.store(
@@ -162,5 +182,4 @@ def deferred_kernel(
             memory = _with_ring(
                 memory, keys, sums, ringed, wide, columns, last, WIDTH, VALUE_DIM, RING
             )
-            inside = in_w[:, None] & in_v[None, :] & is_active
-            tl.store(place + i * BLOCK_V, memory.to(pool.dtype.element_ty), mask=inside)
+            store_columns(place + i * BLOCK_V, memory, in_w & is_active, in_v)

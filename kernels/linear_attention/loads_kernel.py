@@ -56,6 +56,18 @@ def prefetch_state(
 
 
 @triton.jit
+def state_columns(places, in_w, in_v):
+    """Columns [W, V] of a state in float32, from pointers; 0 where a row or column is not in."""
+    return tl.load(places, mask=in_w[:, None] & in_v[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_columns(places, memory, in_w, in_v):
+    """Store columns [W, V] of a state, at pointers."""
+    tl.store(places, memory.to(places.dtype.element_ty), mask=in_w[:, None] & in_v[None, :])
+
+
+@triton.jit
 def written(
     k, gate, mask, token,
     TEMPERATURE: tl.constexpr, FLOOR: tl.constexpr, SCALES_WRITES: tl.constexpr,

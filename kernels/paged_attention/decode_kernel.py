@@ -362,14 +362,13 @@ def decode_kernel(
         chosen_cache: uint8 [blocks, PAGE].
         scores: float32 [rows, heads], written with ``chosen_cache`` only.
         *_row, *_head, *_page, *_token: strides; ``angle_row`` is that of cos and sin.
-        blocks, pages: number of blocks in the caches, width of the table.
+        blocks, pages: of the caches, and of the table.
         HEADS, BLOCK_G: query heads of a kv head, as a power of 2 and as the tensor cores take them.
-        SPLITS, LEAST, LONGEST: how rows are split, as ``part_of`` says.
-        MOST: most parts of a row, a power of 2.
+        SPLITS, LEAST, LONGEST: how rows are split, as ``part_of`` says, into at most MOST parts.
         TILE: tokens of an iteration.
+        LANES: softmaxes of a program, as ``by_dots`` says.
         CHUNK: parts that are read at once when they are added.
         PREFETCH: tokens to ask for before the inputs are ready, a power of 2.
-        LANES: softmaxes of a program, as ``by_dots`` says.
         BLOCK_H, SCORE_CHUNK: query heads, and channels of them scored at once, powers of 2.
     """
     split, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -395,10 +394,9 @@ def decode_kernel(
         GROUP, ROTARY, INTERLEAVED, HEAD_DIM, BLOCK_G, BLOCK_D,
     )  # fmt: skip
     begin, end, parts = part_of(length, split, WINDOW, SPLITS, LEAST, LONGEST)
-    if length < 0:
-        if split == 0:
-            store_zeros(output, GROUP, VALUE_DIM, BLOCK_G, BLOCK_V)
-    elif split < parts:
+    if (length < 0) & (split == 0):
+        store_zeros(output, GROUP, VALUE_DIM, BLOCK_G, BLOCK_V)
+    if (length >= 0) & (split < parts):
         _serve_part(
             query, loaded, key + row * key_row + kv_head * key_head,
             value + row * value_row + kv_head * value_head, key_cache, value_cache, table, cos, sin,

@@ -35,61 +35,34 @@ from fxgraft.kernels.token_automaton.op import check_ids
 from fxgraft.kernels.token_automaton_slots import cost, reference
 
 
-def _check(input_ids: Tensor, slots: Tensor, past: Tensor) -> None:
-    for name, tensor in {"slots": slots, "past": past}.items():
-        if tuple(tensor.shape) != (input_ids.shape[0],):
+def _check(*tensors: Tensor) -> None:
+    batch = tensors[0].shape[0]
+    for name, tensor in zip(("slots", "past"), tensors[4:6], strict=True):
+        if tuple(tensor.shape) != (batch,):
             raise InputError(
-                f"token_automaton_slots's {name} is {list(tensor.shape)} for a batch of "
-                f"{input_ids.shape[0]}",
+                f"token_automaton_slots's {name} is {list(tensor.shape)} for a batch of {batch}",
                 "pass one number per row",
             )
 
 
-def _fake(
-    input_ids: Tensor,
-    next_state: Tensor,
-    fire: Tensor,
-    automaton_cache: Tensor,
-    slots: Tensor,
-    past: Tensor,
-    classes: Tensor | None = None,
-) -> Tensor:
-    _check(input_ids, slots, past)
-    return input_ids.new_empty(input_ids.shape, dtype=torch.bool)
+def _fake(*tensors: Tensor) -> Tensor:
+    _check(*tensors)
+    return tensors[0].new_empty(tensors[0].shape, dtype=torch.bool)
 
 
-def _general(
-    input_ids: Tensor,
-    next_state: Tensor,
-    fire: Tensor,
-    automaton_cache: Tensor,
-    slots: Tensor,
-    past: Tensor,
-    classes: Tensor | None = None,
-) -> Tensor:
-    _check(input_ids, slots, past)
-    check_ids(input_ids, next_state, classes)
-    return reference.token_automaton_slots(
-        input_ids, next_state, fire, automaton_cache, slots, past, classes
-    )
+def _general(*tensors: Tensor) -> Tensor:
+    _check(*tensors)
+    check_ids(tensors[0], tensors[1], tensors[6] if len(tensors) > 6 else None)
+    return reference.token_automaton_slots(*tensors)
 
 
-def _cuda(
-    input_ids: Tensor,
-    next_state: Tensor,
-    fire: Tensor,
-    automaton_cache: Tensor,
-    slots: Tensor,
-    past: Tensor,
-    classes: Tensor | None = None,
-) -> Tensor:
+def _cuda(*tensors: Tensor) -> Tensor:
     from fxgraft.kernels.token_automaton import triton
 
-    given = (input_ids, next_state, fire, automaton_cache, slots, past, classes)
-    _check(input_ids, slots, past)
-    if not triton.supports(next_state, fire):
-        return _general(*given)
-    return triton.token_automaton_slots(*given)
+    if not triton.supports(tensors[1], tensors[2]):
+        return _general(*tensors)
+    _check(*tensors)
+    return triton.token_automaton_slots(*tensors)
 
 
 SPEC = define(
